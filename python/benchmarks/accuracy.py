@@ -1,10 +1,10 @@
 """What each method has learned after minutes of one core, or of a GPU: all on the same photographs, judged alike.
 
-Every method trains for the same time with the options that `python -m cpc_ext.train --dataset folder` chooses for such
-images, one process and one core each, or, with ``--device cuda``, one after another on the GPU. Frozen features of the
-central view then go to a linear probe and to nearest neighbours, of the same labelled images. SimCLR of lightly, with
-the same encoder, is there where lightly is installed. Prints a table; with ``--out`` writes JSON after every run and
-a chart at the end, and goes on where that file is there; in a folder it is named by the day that the race began on.
+Every method trains for the same time, with the options that `python -m cpc_ext.train --dataset folder` chooses for such
+images, in one process on one core each, or, with ``--device cuda``, one after another on the GPU. A linear probe and
+nearest neighbours on the same labelled images then evaluate frozen features of the central view. lightly's SimCLR, with
+the same encoder, takes part if lightly is installed. Prints a table; with ``--out`` writes JSON after every run and a
+chart at the end, and continues an existing file. In a folder the file is named after the day on which the race began.
 The exit status is 1 if a run failed.
 """
 
@@ -59,17 +59,17 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def wanted(arguments: argparse.Namespace) -> Iterator[Entry]:
-    """Every run that is asked for, those of the first seed first."""
+    """Yield every requested run, ordered by seed."""
     for seed in arguments.seeds:
         for minutes in arguments.minutes:
             for method in arguments.methods or ENTRANTS:
-                # Some take no time that could be given them.
+                # Some methods have no training time to set.
                 given = minutes if ENTRANTS[method].timed else 0.0
                 yield Entry(method, given, seed, arguments.labels, arguments.options, arguments.device)
 
 
 def run_entry(entry: Entry, data_dir: Path, core: int) -> dict[str, Any]:
-    """What a run of its own process came to, or its error."""
+    """Run an entry in a process of its own, and return its result or its error."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
         command = [sys.executable, str(RUN), json.dumps(entry._asdict()), str(data_dir), str(out), str(core)]
@@ -81,7 +81,7 @@ def run_entry(entry: Entry, data_dir: Path, core: int) -> dict[str, Any]:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table, a row a method and time: means over seeds."""
+    """Return a Markdown table of means over seeds, with one row for each method and time."""
     lines = [
         "| method | minutes | took | linear | k-NN | untrained | images a second | seeds |",
         "|---|---|---|---|---|---|---|---|",
@@ -104,7 +104,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def title(result: dict[str, Any]) -> str:
-    """What a run is called in the table and the chart."""
+    """Return a run's name in the table and the chart."""
     options = result.get("options", "")
     return ENTRANTS[result["method"]].title + (f", `{options}`" if options else "")
 
@@ -114,7 +114,7 @@ def mean_of(runs: Sequence[dict[str, Any]], name: str) -> float:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """The exit status: 1 if a run failed."""
+    """Run the race, and return the exit status: 1 if a run failed."""
     path = None if arguments.out is None else result_file(arguments.out, arguments.device, "accuracy")
     results = json.loads(path.read_text())["results"] if path is not None and path.is_file() else []
     results = [result for result in results if "error" not in result]

@@ -1,6 +1,6 @@
-"""Loops of ``accuracy_run.py`` that are not ours: SimCLR of lightly by its own recipe, and learning from labels.
+"""Training loops of ``accuracy_run.py``'s rivals: lightly's SimCLR by its own recipe, and supervised learning.
 
-Both train an encoder of ours, in bfloat16 where the processor multiplies it, with channels-last images.
+Both train an encoder of ours on channels-last images, in bfloat16 if the processor has instructions for it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from cpc_ext.training.precision import autocast
 
 CPU = torch.device("cpu")
 
-# Batch, learning rate for it, momentum, decay and temperature of lightly's benchmark of CIFAR-10, in its repository
-# docs/source/getting_started/benchmarks/cifar10_benchmark.py.
+# Batch size, its learning rate, momentum, weight decay and temperature of lightly's CIFAR-10 benchmark, from
+# docs/source/getting_started/benchmarks/cifar10_benchmark.py in its repository.
 BATCH, LR, MOMENTUM, DECAY, TEMPERATURE = 128, 0.06, 0.9, 5e-4, 0.5
-# Steps before the clock starts, and those that are timed to know how many fit.
+# Steps before the clock starts, and steps that are timed to find out how many fit into the given time.
 UNTIMED, TIMED = 2, 4
 
 
@@ -41,8 +41,9 @@ def lightly_simclr(
 ) -> dict[str, Any]:
     """Train the task's encoder with lightly's views, head and loss, on the images in data_dir/train.
 
-    Decoding and views are done in this process, which has one core; pixels are normalised as the task does it. look:
-    what the encoder is worth at the moment, asked ``probes`` times.
+    This process, which has one core, also decodes images and makes views; pixels are normalised as in the task.
+
+    look: returns the encoder's current accuracy; called ``probes`` times.
     """
     from lightly.loss import NTXentLoss
     from lightly.models.modules import SimCLRProjectionHead
@@ -113,16 +114,16 @@ def _endless(loader: Any) -> Iterator[list[Tensor]]:
             yield views
 
 
-# The share of the labelled images that is learned from; the rest says when to stop.
+# Share of the labelled images used for training; the rest decides when to stop.
 LABELLED_SHARE = 0.9
-# Passes that the learning rate is halved after, and training ended, where they brought nothing.
+# The learning rate is halved after so many epochs without improvement (PATIENCE); training ends after so many halvings.
 PATIENCE, HALVINGS = 3, 4
 
 
 def supervised(task: EncoderTask, dataset: Dataset, seed: int) -> dict[str, Any]:
-    """Train the task's encoder and a linear classifier on all labels until held-out images are told no better.
+    """Train the task's encoder and a linear classifier on all labels until the held-out accuracy stops improving.
 
-    "supervised": the share of test images that the classifier tells rightly, which is no probe of frozen features.
+    "supervised" in the result is the classifier's test accuracy, not that of a probe of frozen features.
     """
     train, test = dataset.train, dataset.test
     assert train is not None
@@ -164,7 +165,7 @@ def supervised(task: EncoderTask, dataset: Dataset, seed: int) -> dict[str, Any]
 
 @torch.no_grad()
 def _told(task: EncoderTask, classifier: nn.Module, images: Any, chosen: Tensor) -> float:
-    """The share of some images whose class the classifier tells rightly."""
+    """Return the classifier's accuracy on the chosen images."""
     fetch = ImageFetcher(images, CPU, resident=False)
     right = 0
     for batch in chosen.split(500):

@@ -1,9 +1,9 @@
-"""One run of ``accuracy.py``: a method, minutes and a seed to the accuracies of its frozen features.
+"""One run of ``accuracy.py``: trains a method for some minutes, and measures the accuracies of its frozen features.
 
     python accuracy_run.py '{"method": "simclr", "minutes": 10, "seed": 0, "labels": 10000}' PHOTOS RESULT.json CORE
 
-Methods of ours are runs as `python -m cpc_ext.train` makes them. Others train the encoder of our SimCLR in loops of
-their own, for as long by the clock, and are looked at through the same view.
+Our methods are runs of `python -m cpc_ext.train`. The others train the encoder of our SimCLR in loops of their own, for
+the same time by the clock, and are evaluated with the same view.
 """
 
 from __future__ import annotations
@@ -43,19 +43,20 @@ from cpc_ext.training.run_dir import RunDir
 
 __all__ = ["ENTRANTS", "Entry", "lacks"]
 
-# Looks at the encoder on the way, for the curve.
+# Evaluations of the encoder during training, for the curve.
 PROBES = 12
-# Principal components of pixels, and images that they are found in.
+# Number of principal components of pixels, and of images from which they are computed.
 COMPONENTS, COMPONENTS_OF = 256, 5000
 CPU = torch.device("cpu")
 
 
 class Entry(NamedTuple):
-    """A run. labels: learned from at most.
-    minutes: of training; 0 where it takes none that could be given, or the options say how many steps.
+    """One run of a method.
 
-    options: more of them, as `python -m cpc_ext.train` takes them; of a rival those of the network alone matter.
-    device: what trains and encodes, in PyTorch's name; on the processor a run has one core.
+    minutes: training time; 0 if the method has none to set, or the options give the number of steps.
+    labels: largest number of labelled images to learn from.
+    options: further options of `python -m cpc_ext.train`; for rivals, only those of the network have an effect.
+    device: PyTorch device that trains and encodes; on the CPU a run has one core.
     """
 
     method: str
@@ -67,7 +68,11 @@ class Entry(NamedTuple):
 
 
 class Entrant(NamedTuple):
-    """title: in table and chart. model: whose defaults it has, or whose encoder. timed: whether minutes are given."""
+    """A method of the race.
+
+    title: name in table and chart. model: model whose defaults, or whose encoder, it has. timed: whether its training
+    time is given.
+    """
 
     title: str
     model: str
@@ -86,12 +91,12 @@ ENTRANTS = {
     "supervised": Entrant("supervised, with all labels", "simclr", timed=False),
 }
 
-# Loops and pixels that are no runs of ours.
+# Methods that are not runs of our training program, and run on the CPU only.
 OF_PROCESSORS = ("lightly-simclr", "raw-pixels", "supervised")
 
 
 def lacks(method: str, device: str = "cpu") -> str | None:
-    """Why a method cannot run here; None where it can."""
+    """Return the reason why a method cannot run here, or None if it can."""
     if device != "cpu" and method in OF_PROCESSORS:
         return "it is run on processors alone"
     missing = method.startswith("lightly") and importlib.util.find_spec("lightly") is None
@@ -138,7 +143,7 @@ def of_run(entry: Entry, command: Command, dataset: Dataset) -> dict[str, Any]:
         "images_per_second": summary["images_per_second"],
         "steps": summary["steps"],
         "training_seconds": summary["training_seconds"],
-        # What the whole run took with its probes, which others that work on the machine change less than the clock's.
+        # CPU time of the whole run with its probes, which depends less on other programs than the clock's time does.
         "processor_seconds": worked,
         "encoder_parameters": sum(each.numel() for each in task.model.encoder.parameters()),
         "config": config.model_dump(mode="json", exclude={"data": {"data_dir"}}),
@@ -164,7 +169,7 @@ def of_rival(entry: Entry, config: RunConfig, dataset: Dataset, data_dir: Path) 
 
 
 def principal_components(dataset: Dataset) -> Callable[[Tensor], Tensor]:
-    """Pixels as coordinates in the directions that they vary most in: a probe of all pixels takes half an hour."""
+    """Return a projection of pixels on their principal components, as a probe of all pixels takes half an hour."""
     chosen = ImageFetcher(dataset.pretrain, CPU, resident=False)(spread(COMPONENTS_OF, len(dataset.pretrain)))
     pixels = chosen.float().flatten(1)
     center = pixels.mean(0)
@@ -174,7 +179,7 @@ def principal_components(dataset: Dataset) -> Callable[[Tensor], Tensor]:
 
 
 def judge(entry: Entry, dataset: Dataset, features: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """Linear probe and nearest neighbours of the same labelled images, on all test images."""
+    """Fit a linear probe and nearest neighbours on the same labelled images, and evaluate them on all test images."""
     train, test = dataset.train, dataset.test
     if train is None or test is None or train.labels is None or test.labels is None:
         raise SystemExit("the images have no labels to judge encoders by")

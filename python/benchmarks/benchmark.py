@@ -1,8 +1,8 @@
-"""What an op's benchmark is made of, and how one case of it is measured.
+"""The parts of an op's benchmark, and the measurement of one of its cases.
 
-An op gives its cases and, for each, the alternatives that compute the same thing: the plain formulation ("eager"),
-that one compiled, ours. Everything else is the same for all ops: results are compared, calls timed in turn, memory
-counted, and the work set against a ceiling of this machine.
+An op defines its cases and, for each, the alternatives that compute the same result: the plain formulation ("eager"),
+its compiled version, and ours. Everything else is common to all ops: results are compared, calls are timed in turn,
+memory is measured, and the rate is related to a ceiling of this machine.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from timing import Time, interleaved, make_plan
 __all__ = ["BASELINE", "COMPILED", "OURS", "Case", "Op", "Problem", "both_passes", "compiled", "measure"]
 
 BASELINE, COMPILED, OURS, CEILING = "eager", "compiled", "ours", "copy into existing memory"
-# What one case may take, compiling and memory measurement apart.
+# Time limit of one case, without compiling and memory measurement.
 CASE_SECONDS = 6.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Sizes of one problem; an op's own class adds its sizes as fields and says what they are in ``label``.
+    """Sizes of one problem. An op's own class adds its sizes as fields, and describes them in ``label``.
 
-    dtype: of what the op computes on, a name from torch.
-    backward: whether the gradients of the floating inputs are computed too.
-    quick: part of a quick run.
-    sweep: whether the case lies on the op's curve in the chart.
+    dtype: dtype of the op's inputs, by its name in torch.
+    backward: whether the gradients of the floating-point inputs are computed, too.
+    quick: whether the case is part of a quick run.
+    sweep: whether the case is a point of the op's curve in the chart.
     """
 
     dtype: str = "float32"
@@ -44,7 +44,7 @@ class Case:
 
     @property
     def size(self) -> int:
-        """Where the case lies on the chart's horizontal axis."""
+        """Position of the case on the chart's horizontal axis."""
         raise NotImplementedError
 
     @property
@@ -56,18 +56,18 @@ class Case:
 
 @dataclass(frozen=True)
 class Problem:
-    """A case made ready on a device.
+    """A case prepared on a device.
 
-    alternatives: calls by name, "eager" and "ours" among them. Each gives a tensor or a tuple of tensors, the same for
-        all; one that gives None is not compared.
-    work: bytes that must be read and written at least in a memory-bound op, floating-point operations that must be
-        done at least in a compute-bound one.
-    headline: the alternative that the share of the ceiling is about.
-    compared: the one of ours that is compared with the fastest of the others, the fair rival. Names of ours begin with
-        "ours".
+    alternatives: calls by name, including "eager" and "ours". All return the same tensor or tuple of tensors; a result
+        of None is not compared.
+    work: the fewest bytes that a memory-bound op must read and write, or the fewest floating-point operations of a
+        compute-bound one.
+    headline: the alternative whose share of the ceiling is reported.
+    compared: the alternative of ours that is compared with the fastest of the others, the fair rival. Names of our
+        alternatives begin with "ours".
     copied_bytes: size of the copy that is a memory-bound op's ceiling. Default: as much traffic as ``work``.
     product: precision of the matrix product that is a compute-bound op's ceiling. Default: the case's dtype.
-    tolerance: difference that the alternatives may have, as a share of a result's largest value.
+    tolerance: largest difference between alternatives, as a share of a result's largest value.
     left_out: alternatives that must not be called here, with the reason.
     """
 
@@ -88,8 +88,8 @@ class Op:
     bound: what limits a good implementation: "memory" is reported in GB/s against a copy, "compute" in GFLOP/s against
         a matrix product.
     size: what the chart's horizontal axis counts.
-    prepare: makes a case ready on a device.
-    counted: whether the emulation counts what the op does on CUDA: not where products of PyTorch's do most of it.
+    prepare: prepares a case on a device.
+    counted: whether the emulation counts the op's work on CUDA; False if PyTorch's matrix products do most of it.
     """
 
     name: str
@@ -101,29 +101,29 @@ class Op:
 
 
 def _passes(case: Case) -> str:
-    """ "forward" or "forward+backward"."""
+    """Return "forward" or "forward+backward"."""
     return "forward+backward" if case.backward else "forward"
 
 
 def both_passes(case_class: type[Case], *sizes: Any, **options: Any) -> list[Case]:
-    """The case as a forward pass and as a forward and backward pass."""
+    """Return the case as a forward pass, and as a forward and backward pass."""
     return [case_class(*sizes, backward=backward, **options) for backward in (False, True)]
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``torch.compile`` for the shapes it is called with."""
+    """Compile a function for the shapes that it is called with."""
     return torch.compile(function, dynamic=False)
 
 
 def measure(op: Op, case: Case, device: str, repeats: int, without: Sequence[str] = ()) -> dict[str, Any]:
-    """One row of results: times, achieved rates and their share of the ceiling, and peak extra memory.
+    """Measure one row of results: times, achieved rates and their share of the ceiling, and peak extra memory.
 
-    without: names of alternatives that are not asked for.
+    without: names of alternatives to skip.
 
-    Alternatives that cannot run here (no compiler for ``torch.compile``, not enough memory) are left out of the times
-    and named with their reason under "failed"; ours must run and agree with eager.
+    Alternatives that cannot run here (no compiler for ``torch.compile``, not enough memory) have no times, and are
+    listed under "failed" with the reason. Ours must run and agree with eager.
     """
-    # A function is compiled anew only so many times before PyTorch falls back to running it eagerly.
+    # PyTorch recompiles a function only a limited number of times before it runs it eagerly.
     torch.compiler.reset()
     problem = op.prepare(case, torch.device(device))
     wanted = {name: call for name, call in problem.alternatives.items() if name not in without}
@@ -184,7 +184,10 @@ def _those_that_run(problem: Problem) -> tuple[dict[str, Callable[[], Any]], dic
 
 
 def _check_agreement(name: str, result: Any, by: str, expected: Any, tolerance: float) -> None:
-    """AssertionError where a result is further from the expected one, of `by`, than that share of its largest value."""
+    """Raise AssertionError if a result of `name` differs from that of `by` by more than the tolerance.
+
+    tolerance: as a share of the expected result's largest value.
+    """
     pairs = zip(*(value if isinstance(value, tuple) else (value,) for value in (result, expected)), strict=True)
     for index, (actual, wanted) in enumerate(pairs):
         actual, wanted = actual.detach().float(), wanted.detach().float()

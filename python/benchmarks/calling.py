@@ -1,4 +1,4 @@
-"""Programs of cpc_ext as benchmarks run them: each a process of its own, on one thread."""
+"""Running of cpc_ext's programs by benchmarks, each in a process of its own on one thread."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["call"]
 
 
 def call(program: str | Path, *arguments: str) -> None:
-    """Run `python -m cpc_ext.PROGRAM`, or a script, on one thread; SystemExit with what it said where it fails."""
+    """Run `python -m cpc_ext.PROGRAM`, or a script, on one thread. Raises SystemExit with its stderr if it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     named = [str(program)] if isinstance(program, Path) else ["-m", f"cpc_ext.{program}"]
     command = [sys.executable, *named, *arguments]

@@ -1,6 +1,6 @@
-"""What this machine can do at most: how fast it copies memory, and how fast it multiplies matrices.
+"""Ceilings of this machine: the rate at which it copies memory, and that at which it multiplies matrices.
 
-Ops are reported as a share of these, measured in the same run. The product is PyTorch's, of square matrices.
+Rates of ops are reported as shares of these, measured in the same run. The product is PyTorch's, of square matrices.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}
 
 
 def copy_of(size_bytes: int, device: torch.device | str) -> Callable[[], Tensor]:
-    """A call that copies that many bytes into existing memory: it reads and writes ``size_bytes`` each."""
+    """Return a call that copies ``size_bytes`` into existing memory; it reads and writes that many bytes each."""
     source = torch.zeros(max(size_bytes // 4, 1), device=device)
     target = torch.zeros_like(source)
     return lambda: target.copy_(source)
@@ -27,7 +27,7 @@ def copy_of(size_bytes: int, device: torch.device | str) -> Callable[[], Tensor]
 
 @lru_cache
 def product_flops_per_second(precision: str, device: str) -> float:
-    """Floating-point operations a second of a matrix product, median of ten.
+    """Measure the floating-point operations per second of a matrix product, median of ten.
 
     precision: a dtype's name, or "tfloat32" for float32 matrices multiplied as TF32, which CUDA convolutions use for
     float32 unless told otherwise.

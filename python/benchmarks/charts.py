@@ -1,4 +1,4 @@
-"""The charts of result files, as PNG. Where matplotlib is missing, one line says so and nothing is drawn."""
+"""Charts of result files, as PNG. Without matplotlib, one line says so and nothing is drawn."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from typing import Any
 __all__ = ["draw_accuracy", "draw_failures", "draw_kernels", "draw_training"]
 
 DPI = 130
-# Colour-blind safe; alternatives beyond these start over.
+# A colour-blind safe palette; further alternatives reuse it from the start.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00")
 GRAY = "#606060"
-# Those that nearly every op has look alike in all charts.
+# Alternatives that nearly every op has, with the same colours in all charts.
 FIXED = {"eager": GRAY, "ours": COLORS[0], "compiled": COLORS[1]}
-# Forward solid and filled, forward and backward dashed and hollow.
+# Forward passes are solid and filled, forward and backward passes dashed and hollow.
 STYLES = {"forward": ("-", "full"), "forward+backward": ("--", "none")}
 
 
 def draw_kernels(rows: Sequence[dict[str, Any]], sizes: dict[str, str], machine: dict[str, Any], path: Path) -> None:
-    """Speed-up over eager and peak extra memory over size, a file an op and dtype, small enough for a screen.
+    """Draw speed-up over eager and peak extra memory against size, with one file for each op and dtype.
 
-    rows: results; those without a size are not drawn. sizes: what an op's horizontal axis counts. The files have the op
-    in their names beside that of ``path``, and the dtype where an op has several.
+    rows: results; those without a size are not drawn. sizes: label of each op's horizontal axis.
+    path: the files' names are its name followed by the op, and by the dtype if an op has several.
     """
     drawn = [row for row in rows if row["size"] is not None]
     for op in dict.fromkeys(row["op"] for row in drawn):
@@ -71,7 +71,7 @@ def _draw_op(rows: Sequence[dict[str, Any]], size: str, title: str, path: Path) 
 
 
 def _series(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[tuple[int, dict[str, Any]]]]:
-    """(size, figures) of every alternative and pass; those that write into existing memory are no equals."""
+    """Return (size, figures) of every alternative and pass, except those that write into existing memory."""
     series = defaultdict(list)
     for row in rows:
         for name, figures in row["alternatives"].items():
@@ -93,7 +93,7 @@ def _log_axes(speed, memory, ticks: Sequence[int]) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    # Enough ticks where all ratios are near 1, not too many over decades.
+    # Enough ticks if all ratios are near 1, but not too many over decades.
     low, high = speed.get_ylim()
     speed.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 8 * low else (1, 1.2, 1.5, 2, 3, 4, 5, 6, 8)))
 
@@ -108,7 +108,7 @@ def _legend(figure, colors: dict[str, str], styles: dict[str, tuple[str, str]]) 
 
 
 def draw_training(document: dict[str, Any], path: Path) -> None:
-    """Images a second and peak memory as bars, and the stages of a step stacked by pass."""
+    """Draw images per second and peak memory as bars, and the stages of a step stacked by pass."""
     figure = _figure(f"a CPC step on {document['machine']['device']}", path, width=11, height=4)
     if figure is None:
         return
@@ -134,11 +134,13 @@ def draw_training(document: dict[str, Any], path: Path) -> None:
 
 
 def draw_accuracy(results: Sequence[dict[str, Any]], path: Path, *, machine: str = "one core") -> None:
-    """What nearest neighbours told on the way, a panel for each time that was given; as lines, what took no time.
+    """Draw accuracies of nearest neighbours during training, with one panel for each given time.
 
-    results: of ``accuracy.py``, in the order of the legend. A method has a colour, runs of one "title" a style; of
-        several seeds the first is drawn.
-    machine: what each of them had, for the heading.
+    Methods without a training time are horizontal lines.
+
+    results: results of ``accuracy.py``, in the order of the legend. A method has a colour, runs with the same "title" a
+        style; of several seeds the first is drawn.
+    machine: what each run had for itself, for the heading.
     """
     first = {(result["minutes"], result["title"]): result for result in sorted(results, key=lambda x: -x["seed"])}
     results = [result for result in results if first[result["minutes"], result["title"]] is result]
@@ -181,14 +183,14 @@ def draw_accuracy(results: Sequence[dict[str, Any]], path: Path, *, machine: str
 
 
 def _spaced(title: str) -> str:
-    """A title without quotes, whose lists may be broken at their commas."""
+    """Return a title without backquotes, with spaces after commas so that lists can wrap."""
     return re.sub(r",(?=\S)", ", ", title.replace("`", ""))
 
 
 def draw_failures(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """A row of two panels for each failure: how often targets are found, and what encodings are worth on the way.
+    """Draw two panels for each failure: the contrastive accuracy, and that of nearest neighbours, during training.
 
-    rows: of ``failures.py``.
+    rows: results of ``failures.py``.
     """
     title = "what goes wrong (red), and the same run without it (blue)"
     figure = _figure(title, path, width=8, height=2.1 * len(rows) + 0.8)
@@ -213,7 +215,7 @@ def draw_failures(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _figure(title: str, path: Path, *, width: float, height: float):
-    """An empty figure, or None and a line on the terminal without matplotlib."""
+    """Return an empty figure, or print a line and return None without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         print(f"matplotlib is not installed, so {path} was not drawn")
         return None

@@ -1,7 +1,7 @@
 """Our losses against the libraries they stand in for, with gradients: time and memory.
 
-"eager" is the original's formula in plain PyTorch, "compiled" that under torch.compile; the library itself comes with
-them where it is installed (``pip install '.[originals]'``). Prints a table; with ``--out`` writes it as JSON.
+"eager" is the original's formula in plain PyTorch, "compiled" the same under torch.compile. The library itself is
+measured, too, if it is installed (``pip install '.[originals]'``). Prints a table; with ``--out`` writes it as JSON.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from cpc_ext import nn
 from cpc_ext.ops import info_nce, sigmoid_contrast
 
 TEMPERATURE, CLASSES = 0.1, 100
-# Without what turns views into its rows, so that its gradients are others.
+# Without the step that turns views into rows, so that its gradients differ and are not compared.
 OP_ALONE = "ours, info_nce of the same rows"
 
 
 @dataclass(frozen=True)
 class LossCase(Case):
-    """``rows`` samples, or pairs of them, of ``dim`` features."""
+    """``rows`` samples, or pairs of samples, of ``dim`` features."""
 
     rows: int
     dim: int
@@ -43,7 +43,7 @@ Make = Callable[[], object]
 
 
 def _originals(**by_name: Make) -> dict[str, Any]:
-    """Losses of libraries that are installed, made."""
+    """Make the losses of those libraries that are installed."""
     made = {}
     for name, make in by_name.items():
         try:
@@ -81,7 +81,7 @@ def _metric_learning(name: str) -> Make:
 
 
 def _problem(case: LossCase, tensors: tuple[Tensor, ...], losses: dict[str, Any], **more: Any) -> Problem:
-    """Loss and gradients of all tensors that have some."""
+    """Return the problem of computing a loss and the gradients of all tensors that require them."""
     inputs = [tensor for tensor in tensors if tensor.requires_grad]
 
     def call(name: str, loss: Callable[..., Tensor]) -> Callable[[], tuple[Tensor, ...] | None]:
@@ -105,7 +105,7 @@ def _features(case: LossCase, device: torch.device, count: int) -> tuple[Tensor,
 
 
 def _labels(case: LossCase, device: torch.device) -> Tensor:
-    """Every class has samples enough that each has a positive; libraries average over others in their own ways."""
+    """Return labels with which every sample has a positive; libraries treat samples without one differently."""
     return torch.arange(case.rows, device=device) % CLASSES
 
 

@@ -1,8 +1,9 @@
 """Where the convolution of `cpc_ext.ops` is faster on the CPU than PyTorch's: the table that `nn.Conv2d` chooses by.
 
-Forward and gradients of input, weight and bias, channels-last, one thread, both in turn. Times are of the processor,
-not of the clock, so that what else runs on the machine hardly counts; of some rounds the fastest. Writes a row a case
-to `conv2d_choice.csv` beside this program: milliseconds of both, and which `cpc_ext.nn.conv2d.kernel_pays` takes.
+Measures forward and the gradients of input, weight and bias, channels-last, on one thread, both in turn. Times are CPU
+time, not the clock's, so that other programs hardly matter; the fastest of some rounds counts. Writes one row for each
+case to `conv2d_choice.csv` next to this program: milliseconds of both, and the choice of
+`cpc_ext.nn.conv2d.kernel_pays`.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ from cpc_ext.ops import conv2d
 
 TABLE = Path(__file__).with_suffix(".csv")
 DTYPES = ("float32", "bfloat16")
-# Side and stride of a kernel; channels before and after; side of the output.
+# Side and stride of the kernel; input and output channels; side of the output.
 KERNELS = ((1, 1), (1, 2), (3, 1), (3, 2), (5, 1))
 CHANNELS = ((3, 64), (16, 16), (32, 32), (64, 64), (64, 256), (256, 64), (128, 128), (256, 256), (512, 512))
 SIDES = (2, 4, 8, 16, 32)
-# Floating-point operations of a forward pass that a batch is made for, and the largest batch.
+# Floating-point operations of a forward pass for which the batch size is chosen, and the largest batch.
 FLOPS, MOST_IMAGES = 4e8, 784
 
 
 class Case(NamedTuple):
-    """A row of the table, before it is measured."""
+    """Sizes of a row of the table."""
 
     dtype: str
     kernel: int
@@ -64,7 +65,7 @@ def cases(dtype: str) -> Iterator[Case]:
 
 
 def milliseconds(case: Case, rounds: int) -> tuple[float, float]:
-    """What PyTorch's convolution and ours take."""
+    """Measure the milliseconds of PyTorch's convolution and of ours."""
     dtype = getattr(torch, case.dtype)
     side = (case.side - 1) * case.stride + 1
     shapes = (
@@ -74,7 +75,7 @@ def milliseconds(case: Case, rounds: int) -> tuple[float, float]:
     )
     tensors = [torch.randn(shape).to(dtype) for shape in shapes]
     tensors[:2] = [tensor.contiguous(memory_format=torch.channels_last) for tensor in tensors[:2]]
-    for tensor in tensors[0 if case.in_channels > 3 else 1 :]:  # Nobody asks for the gradient in pixels.
+    for tensor in tensors[0 if case.in_channels > 3 else 1 :]:  # Images need no gradient.
         tensor.requires_grad_()
     options = {"stride": case.stride, "padding": case.kernel // 2}
     grad = torch.randn(case.images, case.out_channels, case.side, case.side).to(dtype)

@@ -1,9 +1,10 @@
 """All steps of CPC with every key of a step as a negative: in one call with a range of keys each, and otherwise.
 
-A 7x7 grid, five steps with one row skipped, as in CPCV2-PyTorch's example. The contexts of step k are contrasted with
-the encodings from row k + 1 on. Alternatives: ours is one call of ``info_nce`` with ``key_range``; "a call a step" has
-no keys too many, but five calls; "marks" is one call whose additional features push keys that a step is not to see out
-of its softmax; "eager" is a cross-entropy a step. With gradients of contexts and encodings.
+The grid is 7x7, with five steps and one row skipped, as in CPCV2-PyTorch's example. The contexts of step k are
+contrasted with the encodings from row k + 1 on. Alternatives: ours is one call of ``info_nce`` with ``key_range``; "a
+call a step" has no superfluous keys, but five calls; "marks" is one call with additional features that remove keys
+which a step must not see from its softmax; "eager" is one cross-entropy for each step. Times include the gradients of
+contexts and encodings.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from cpc_ext.ops import info_nce
 
 GRID, STEPS, SKIP = 7, 5, 1
 BATCHES, QUICK_BATCHES = (4, 16, 64), (4,)
-# Its square is what marks lower a logit by.
+# Marks lower a logit by the square of this.
 MARK = 2.0**15
 
 
@@ -80,7 +81,7 @@ def eager(problem: Problem) -> Tensor:
 
 
 def _targets(problem: Problem, start: int) -> Tensor:
-    """The keys of all queries, among those from ``start`` on: a step's positives are its keys in their order."""
+    """Return the positives of all queries, counted from key ``start``: query i of a step has the step's key i."""
     device = problem.keys.device
     pairs = zip(problem.queries, problem.firsts, strict=True)
     return torch.cat([torch.arange(first - start, first - start + len(one), device=device) for one, first in pairs])

@@ -1,15 +1,15 @@
-"""What the launches of a benchmark problem do on a GPU, counted without one: the JSON that cuda_model.py reads.
+"""Counts of the work of a benchmark problem's launches on a GPU, made without one: the JSON that cuda_model.py reads.
 
 A file is ``{"problems": [...]}``. A problem is named as a row of kernels.py: op, label, dtype and passes. It has
 
-- ``source``: "traced" where the kernels ran in the emulation and were watched;
-- ``minimum_bytes``: each input read once and each output written once; ``minimum_flops`` and ``math``, the type they
-  are multiplied in (a key of ``Machine.tensor`` or ``Machine.ordinary``);
-- ``launches`` in their order, each with the counts below, of the whole grid. A producer that watches some blocks gives
-  their number as ``sampled_blocks`` and scales what it counted to the grid.
+- ``source``: "traced" if the kernels were traced in the emulation;
+- ``minimum_bytes``: each input read once and each output written once; ``minimum_flops``, and ``math``, the type of the
+  multiplications (a key of ``Machine.tensor`` or ``Machine.ordinary``);
+- ``launches`` in their order, each with the counts below, for the whole grid. A producer that traces some blocks states
+  their number as ``sampled_blocks``, and scales their counts to the grid.
 
-Fields that have their default are left out. Where launches are the same, ``launches`` has each once and ``order`` says
-which follows which. cuda_counts.json has every benchmark case; cuda_traffic.py makes it.
+Fields with their default value are left out. Of identical launches, ``launches`` has one, and ``order`` gives the
+sequence. cuda_counts.json has every benchmark case; cuda_traffic.py makes it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 __all__ = ["COUNTS", "MATH", "Launch", "Problem", "Product", "Sweep", "load", "save"]
 
 COUNTS = Path(__file__).with_name("cuda_counts.json")
-# What the types in the names of products, such as m16n8k16.bf16, are elsewhere.
+# Names of the types in the names of products, such as m16n8k16.bf16, in PyTorch and in machines.
 MATH = {"bf16": "bfloat16", "f16": "float16", "tf32": "tf32"}
 
 
@@ -30,24 +30,24 @@ MATH = {"bf16": "bfloat16", "f16": "float16", "tf32": "tf32"}
 class Launch:
     """One launch.
 
-    kernel: its name as in machine_code.csv, such as ``info_nce::score<float, InTf32>``, which ``short_names`` of
-        machine_code.py makes of a symbol; without colons, such as "memset", it is PyTorch's or the runtime's.
-    grid, block: blocks, and threads of one. dynamic_shared_bytes: of a block.
-    sampled_blocks: blocks that were watched; 0 where the counts were worked out by hand.
-    requests, bytes, sectors: of global memory, those of asynchronous copies among the reads: instructions of warps,
-        bytes that threads ask for, and sectors of 32 bytes that each request touches.
-    unique bytes: different ones, in whole sectors: what must come from and go to device memory at least.
-    shared_requests: instructions of warps that access shared memory, ldmatrix among them. shared_wavefronts: passes of
-        128 bytes that they take, those of asynchronous copies into shared memory among them; conflict_wavefronts: how
-        many of them bank conflicts cost.
-    mma: instructions of warps by shape and type, such as ``m16n8k16.bf16``.
-    ldmatrix, barriers, shuffles: instructions of warps. copies: asynchronous copies of threads by their bytes.
-    accesses: of threads, to any memory.
+    kernel: its name in machine_code.csv, such as ``info_nce::score<float, InTf32>``, which ``short_names`` of
+        machine_code.py makes of a symbol; a name without colons, such as "memset", is PyTorch's or the runtime's.
+    grid, block: number of blocks, and of threads in a block. dynamic_shared_bytes: dynamic shared memory of a block.
+    sampled_blocks: number of traced blocks; 0 if the counts were worked out by hand.
+    requests, bytes, sectors: accesses to global memory: instructions of warps, bytes requested by threads, and sectors
+        of 32 bytes touched by each request. Reads include those of asynchronous copies.
+    unique bytes: bytes of distinct sectors, the least traffic from and to device memory.
+    shared_requests: warp instructions that access shared memory, including ldmatrix. shared_wavefronts: passes of 128
+        bytes that they take, including those of asynchronous copies into shared memory. conflict_wavefronts: those of
+        the passes that are due to bank conflicts.
+    mma: warp instructions by shape and type, such as ``m16n8k16.bf16``.
+    ldmatrix, barriers, shuffles: warp instructions. copies: asynchronous copies of threads by their size in bytes.
+    accesses: accesses of threads to any memory.
     multiplies: multiply-adds of threads on the ordinary units by type, ``float32`` or ``float64``.
     transcendentals: exponentials, logarithms, reciprocals and roots of threads.
-    instructions: of warps; None leaves it to the model, which takes them from the machine code.
-    busiest: what the multiprocessor with most to do has to do, as a multiple of their mean, where blocks stay and take
-        their shares of the work: 1.08 where 340 blocks share 4096 tiles, and some take 13.
+    instructions: warp instructions; None leaves them to the model, which takes them from the machine code.
+    busiest: work of the busiest multiprocessor relative to the mean, for persistent blocks that divide the work: 1.08
+        if 340 blocks share 4096 tiles, of which some take 13.
     """
 
     kernel: str
@@ -98,13 +98,13 @@ class Problem:
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        """What a row of kernels.py has too."""
+        """The key that the problem shares with a row of kernels.py."""
         return self.op, self.label, self.dtype, self.passes
 
 
 @dataclass(frozen=True)
 class Product:
-    """A matrix product of cuBLAS or cuDNN, [m, k] times [k, n]. math: what it is multiplied in. size: bytes a value."""
+    """A matrix product of cuBLAS or cuDNN, [m, k] times [k, n]. math: type of the products. size: bytes of a value."""
 
     m: float
     n: float
@@ -115,14 +115,14 @@ class Product:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A pass over memory, such as an elementwise kernel: bytes read and written. kernels: launches that share them."""
+    """A pass over memory, such as an elementwise kernel. bytes: read and written. kernels: launches that share them."""
 
     bytes: float
     kernels: int = 1
 
 
 def save(path: Path, problems: list[Problem]) -> None:
-    """Counts become whole numbers. A problem and each of its launches take a line, so that differences can be read."""
+    """Write problems with rounded counts, and one line for each problem and launch, so that diffs can be read."""
     texts = []
     for problem in problems:
         every = [json.dumps(_changed(launch)) for launch in problem.launches]
@@ -135,7 +135,7 @@ def save(path: Path, problems: list[Problem]) -> None:
 
 
 def _changed(counts: Launch | Problem) -> dict[str, Any]:
-    """Fields without their default, launches apart."""
+    """Return the fields that differ from their default, except launches."""
     changed = {}
     for each in fields(counts):
         default = each.default if each.default_factory is MISSING else each.default_factory()
@@ -152,7 +152,7 @@ def _rounded(value: Any) -> Any:
 
 
 def load(path: Path) -> list[Problem]:
-    """ValueError, TypeError or IndexError for what is not as above."""
+    """Read problems from a file. Raises ValueError, TypeError or IndexError if it does not have the form above."""
 
     def problem(values: dict[str, Any]) -> Problem:
         launches = [Launch(**launch) for launch in values.pop("launches")]

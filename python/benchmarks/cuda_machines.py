@@ -1,4 +1,4 @@
-"""GPUs as cuda_model.py sees them: rates, sizes and latencies, each with its source.
+"""The GPUs of cuda_model.py: rates, sizes and latencies, each with its source.
 
 Sources, named in the comments below:
 
@@ -16,8 +16,8 @@ Sources, named in the comments below:
 - [X] github.com/openxla/xla, gpu_dot_fusion_cost_model.cc: "measured H100 L2 bandwidth", 6.65 TB/s, within a partition.
 - [R] results/ in this folder, copies and products measured with each of our own runs.
 
-Figures of [L] and [J], and shares without a letter, were written down without their texts at hand; look them up before
-a decision hangs on one.
+Figures of [L] and [J], and shares without a letter, were written down from memory; verify them before basing a decision
+on one.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ __all__ = ["MACHINES", "Machine"]
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """One GPU. Rates of a multiprocessor (SM) are a clock's.
+    """One GPU. Rates of a multiprocessor (SM) are per clock.
 
-    sm: compute capability that its code is compiled for. clock: boost, in hertz.
-    tensor: floating-point operations of tensor cores, dense and summed in float32, by type.
-    mma_share: how much of that mma.sync reaches; product_share: how much large products of cuBLAS do.
+    sm: compute capability that its code is compiled for. clock: boost clock in hertz.
+    tensor: dense floating-point operations of tensor cores with sums in float32, by type.
+    mma_share: share of these that mma.sync reaches. product_share: share that large products of cuBLAS reach.
     ordinary: multiply-adds on the ordinary units by type. special: exponentials and the like. issue: instructions.
-    shared_bytes: from shared memory or the first-level cache.
-    dram, l2: bytes a second, and of dram how much a copy reaches. l2_bytes: its size.
+    shared_bytes: bytes from shared memory or the first-level cache.
+    dram, l2: bytes per second. copy_share: share of dram that a copy reaches. l2_bytes: size of the L2 cache.
     latency_*: clocks from a load to its value.
-    shared_size, registers, threads, blocks: what an SM has for blocks; a block takes 1 KiB of shared memory more.
+    shared_size, registers, threads, blocks: resources of an SM; each block takes another 1 KiB of shared memory.
     launch: seconds from one small kernel of a stream to the next.
     """
 
@@ -67,7 +67,7 @@ class Machine:
     launch: float = 2.2e-6  # What an empty kernel takes in a full queue; of the order of 2 us on all of these.
 
     def peak(self, math: str) -> float:
-        """Floating-point operations a second, of the fastest way there is."""
+        """Return the peak floating-point operations per second, on tensor cores if they have the type."""
         by_clock = self.tensor[math] if math in self.tensor else 2 * self.ordinary[math]
         return by_clock * self.multiprocessors * self.clock
 
@@ -118,7 +118,7 @@ H200 = Machine(**{**H100.__dict__, "name": "H200", "dram": 4.8e12})  # [H]: an H
 
 RTX_4090 = Machine(
     name="RTX 4090",
-    sm=80,  # 8.9 runs the code of 8.0.
+    sm=80,  # Compute capability 8.9 runs code for 8.0.
     multiprocessors=128,  # [4]
     clock=2.52e9,  # [4]
     tensor={"bfloat16": 512, "float16": 512, "tf32": 256},  # [4]: 165 and 82.6 TFLOP/s, summed in float32.
@@ -148,7 +148,7 @@ RTX_5090 = Machine(
     ordinary={"float32": 128, "float64": 2},  # [5]
     dram=1.792e12,  # [5]
     copy_share=0.9,  # Between those of the others.
-    l2=1536 / 128 * 170 * 2.407e9,  # As much for a multiprocessor and clock as on the RTX 4090.
+    l2=1536 / 128 * 170 * 2.407e9,  # The same per multiprocessor and clock as on the RTX 4090.
     l2_bytes=96e6,  # [5]
     latency_dram=877,  # [J]
     latency_l2=358,  # [J]

@@ -4,20 +4,20 @@
     python python/benchmarks/cuda_model.py --machine A100 --kernels  # and each of its launches
     python python/benchmarks/cuda_model.py --against results/2026-11-25-nvidia-h100-80gb-hbm3/kernels.json
 
-Everything it prints is predicted, from four things: what our kernels do, as they were counted in the emulation
-(cuda_counts.json, which cuda_traffic.py makes, unless ``--counts`` names another file), what PyTorch launches around
-them and in the eager formulations (cuda_pytorch.py), what the compiler made of the kernels (machine_code.csv), and the
-table of machines (cuda_machines.py). README.md tells how far it has been right.
+All printed times are predictions from four sources: counts of our kernels' work in the emulation (cuda_counts.json,
+which cuda_traffic.py makes, unless ``--counts`` names another file), PyTorch's launches around them and in the eager
+formulations (cuda_pytorch.py), the compiled machine code of the kernels (machine_code.csv), and the table of machines
+(cuda_machines.py). README.md compares predictions with measurements.
 
-A launch takes the largest of three times, and the pause before it:
+A launch takes the largest of three times, plus the pause before it:
 
-- device memory: different bytes, or none where they fit the second-level cache, at the rate of a copy;
+- device memory: distinct bytes at the rate of a copy, or none if they fit into the second-level cache;
 - the second-level cache: the sectors of all requests;
 - the busiest multiprocessor: its blocks, as many at a time as registers, threads and shared memory allow. The warps of
   a scheduler queue for its tensor core, ordinary and special units, issue slots and its share of shared memory, and
   wait for loads and barriers in between. Mean value analysis (Reiser and Lavenberg, 1980) of this closed network
   gives their throughput: near the busiest unit's limit with many warps, near that of one warp's chain with few. A warp
-  that reads the operands of its next products while it multiplies is in two queues at a time, as two warps are.
+  that reads the operands of its next products while it multiplies is in two queues at a time, like two warps.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ from machine_code import Budgets, Measures
 
 __all__ = ["Code", "Predicted", "confront", "predict", "predict_eager", "predict_launch"]
 
-# The share of the second-level cache that one launch's bytes may take and still be there when they are read again.
+# Share of the second-level cache up to which a launch's bytes are assumed to stay cached until they are read again.
 RESIDENT_SHARE = 0.6
-# Instructions of a warp outside of its main loop, where nobody has counted them; and of one of PyTorch's kernels.
+# Assumed instructions of a warp outside of its main loop, and of a warp of one of PyTorch's kernels.
 OTHER_INSTRUCTIONS, ELEMENTWISE_INSTRUCTIONS = 300, 40
-# Instructions of a warp for each of its requests to memory, and for each of its exponentials, logarithms, reciprocals
-# and roots, by patterns of kernels' names, where the main loop in machine_code.csv is not where the kernel spends its
-# time. They are estimates, from the loops that machine_code.py --loops lists for 9.0.
+# Warp instructions for each request to memory, and for each exponential, logarithm, reciprocal or root, by patterns of
+# kernel names. They are for kernels that do not spend their time in the main loop of machine_code.csv, and are
+# estimated from the loops that machine_code.py --loops lists for 9.0.
 INSTRUCTIONS = {
-    # A step takes about 80 to begin; 4 pixels of 3 channels 200 to read, 175 to move, 90 to look up, 180 to store, with
-    # 6, 15, 18 and 6 requests. Which transforms run decides.
+    # A step takes about 80 instructions to begin; 4 pixels of 3 channels take 200 to read, 175 to move, 90 to look up
+    # and 180 to store, with 6, 15, 18 and 6 requests. The mix depends on the transforms that run.
     "augment::augment_patches<*>": (13, 0),
-    # Between a dot product's loop, 60 for 32 loads, and that of weighted sums, 279 for 24 accesses.
+    # Between the loop of dot products, 60 for 32 loads, and that of weighted sums, 279 for 24 accesses.
     "info_nce::contrast_sampled<*>": (6, 0),
     # Staging takes 104 for 16 accesses. A component of three colours takes 267 forward and 467 backward, and 15 in the
     # mixture's sum, with 15 and 18 special functions; some of these are accesses.
@@ -69,14 +69,14 @@ INSTRUCTIONS = {
     # 400 for 4 pixels, with 4.5 requests where 3 patches share a pixel.
     "patches::sum_patches<*>": (90, 0),
 }
-# The same of what products (csrc/core/cuda/product.cuh) do with a tile of results, beside their main loop.
+# The same for the epilogues of products (csrc/core/cuda/product.cuh), in addition to their main loop.
 EPILOGUES = {
-    # A slot of 512 scores takes 370, and the store of a tile of 4096 adds 400; to begin it takes 250.
+    # 370 for a slot of 512 scores, another 400 for the store of a tile of 4096, and 250 to begin.
     "info_nce::multiply<*, TakeScores<*>>": (10, 26),
-    # A pair that is stored takes 3, one that is added to 6.
+    # 3 for a pair that is stored, 6 for one that is added to.
     "info_nce::multiply<*, AddToSums<*>>": (3, 0),
 }
-# Blocks of products stay: the counts have as many, for each block that a multiprocessor of so many holds.
+# Blocks of products are persistent: the counts have a multiple of this many, for a GPU of this many multiprocessors.
 COUNTED_MULTIPROCESSORS = 132
 # See confront.
 HOST_SHARE = 1.6
@@ -87,7 +87,7 @@ HOST_SHARE = 1.6
 
 @dataclass(frozen=True)
 class Code:
-    """What the machine code of a kernel says: see Measures in machine_code.py."""
+    """Properties of a kernel's machine code: see Measures in machine_code.py."""
 
     registers: int = 32
     shared: int = 0
@@ -112,17 +112,20 @@ def _codes() -> dict[tuple[int, str], Code]:
 
 
 def code_of(kernel: str, machine: Machine) -> Code:
-    """KeyError for a kernel that is neither in machine_code.csv nor the runtime's."""
+    """Return a kernel's code. Raises KeyError if it is neither in machine_code.csv nor PyTorch's or the runtime's."""
     if "::" not in kernel:
         return Code()
-    # The products on tensor cores in machine_code.csv read ahead, but for split ones.
+    # Products on tensor cores in machine_code.csv read ahead, except split ones.
     return replace(_codes()[machine.sm, kernel], reads_ahead="::multiply<TensorCores" in kernel)
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """seconds: with the pause before the launch. terms: what each limit alone would take. bound: the largest, or
-    "latency" where no limit comes near."""
+    """The predicted time of a launch.
+
+    seconds: including the pause before the launch. terms: seconds by each limit alone. bound: the largest of these,
+    "launch" if the pause is longer than the launch, or "latency" if no limit comes near.
+    """
 
     seconds: float
     terms: dict[str, float]
@@ -130,7 +133,7 @@ class Predicted:
 
 
 def blocks_at_once(machine: Machine, launch: Launch, code: Code) -> int:
-    """Blocks that a multiprocessor holds; registers are handed out to warps in 256."""
+    """Return the number of blocks that a multiprocessor holds; registers are allocated to warps in units of 256."""
     warps = -(-launch.block // 32)
     registers = -(-code.registers * 32 // 256) * 256 * warps
     shared = launch.dynamic_shared_bytes + code.shared + 1024
@@ -146,29 +149,29 @@ def blocks_at_once(machine: Machine, launch: Launch, code: Code) -> int:
 
 
 def flops_of(mma: str) -> float:
-    """Floating-point operations of a warp's product, from its name, such as m16n8k16.bf16."""
+    """Return the floating-point operations of a warp's product from its name, such as m16n8k16.bf16."""
     m, n, k = map(int, re.search(r"m(\d+)n(\d+)k(\d+)", mma).groups())  # type: ignore[union-attr]
     return 2 * m * n * k
 
 
 def _share(machine: Machine, mma: str) -> float:
-    """Hopper's products of four warps, as wgmma.m64n256k16.bf16, reach the whole peak."""
+    """Return the share of the peak that a product reaches; Hopper's wgmma.m64n256k16.bf16 and the like reach all."""
     return 1 if mma.startswith("wgmma") else machine.mma_share
 
 
 @dataclass(frozen=True)
 class Turns:
-    """How a warp goes through its main loop: how often, and what it issues in all."""
+    """The number of turns of a warp's main loop, and the instructions that it issues in total."""
 
     count: float
     instructions: float
 
 
 def turns_of(launch: Launch, code: Code) -> Turns:
-    """From the products, else the multiply-adds, else the loads; instructions are the launch's, else by INSTRUCTIONS.
+    """Estimate the turns of the main loop from the products, else the multiply-adds, else the loads.
 
-    Else they come from the loop's length, which counts all of its branches, also those not taken: too many rather than
-    too few.
+    Instructions are those of the launch if counted, else follow INSTRUCTIONS, else the loop's length. The latter counts
+    all branches, also those not taken, and so gives too many instructions rather than too few.
     """
     warps = launch.warps
     products, multiplies = sum(launch.mma.values()) / warps, sum(launch.multiplies.values()) / 32 / warps
@@ -193,7 +196,7 @@ def turns_of(launch: Launch, code: Code) -> Turns:
 
 
 def demands_of(machine: Machine, launch: Launch, turns: Turns) -> dict[str, float]:
-    """Clocks that a warp takes of each unit of its scheduler, of which a multiprocessor has four."""
+    """Return the clocks for which a warp occupies each unit of its scheduler; a multiprocessor has four schedulers."""
     warps, share = launch.warps, machine.issue
     copied = sum(int(size) * count for size, count in launch.copies.items())
     moved = max(0, 32 * launch.read_sectors - copied) + 32 * launch.written_sectors
@@ -204,14 +207,14 @@ def demands_of(machine: Machine, launch: Launch, turns: Turns) -> dict[str, floa
         ),
         "multiply": sum(count / machine.ordinary[name] for name, count in launch.multiplies.items()),
         "special": launch.transcendentals / machine.special,
-        # What comes from global memory passes the same data path; asynchronous copies are among the wavefronts.
+        # Data from global memory takes the same path; asynchronous copies are included in the wavefronts.
         "shared": (launch.shared_wavefronts * 128 + moved) / machine.shared_bytes,
     }
     return {**{name: clocks * share / warps for name, clocks in by_sm.items()}, "issue": turns.instructions}
 
 
 def waits_of(machine: Machine, launch: Launch, code: Code, turns: Turns, busy: float) -> float:
-    """Clocks that a warp waits for memory and barriers. busy: those of a turn of its loop, with the other warps."""
+    """Return the clocks that a warp waits for memory and barriers. busy: clocks of a turn of its loop, of all warps."""
     read = launch.read_sectors * 32
     resident = launch.unique_read_bytes < RESIDENT_SHARE * machine.l2_bytes
     from_dram = 0 if resident or not read else min(1, launch.unique_read_bytes / read)
@@ -225,11 +228,15 @@ def waits_of(machine: Machine, launch: Launch, code: Code, turns: Turns, busy: f
         of_turn += max(0, latency - busy) if hidden else waits * latency
     if copies > 0:
         of_turn += max(0, latency - (code.ahead + 1) * busy)
-    return latency + turns.count * of_turn  # The first is before the loop.
+    return latency + turns.count * of_turn  # The first load is before the loop.
 
 
 def throughput(demands: Sequence[float], waiting: float, warps: float) -> float:
-    """Jobs a clock of a closed network: units with a queue each, a wait, and so many jobs (mean value analysis)."""
+    """Return the jobs per clock of a closed queueing network, by mean value analysis.
+
+    demands: clocks of a job at each unit, which has a queue. waiting: clocks of a job without a queue. warps: number of
+    jobs.
+    """
     if warps < 1:
         return warps * throughput(demands, waiting, 1)
     queues = [0.0] * len(demands)
@@ -253,7 +260,7 @@ def predict_launch(machine: Machine, launch: Launch, code: Code) -> Predicted:
     demands = demands_of(machine, launch, turns)
     blocks = -(-launch.grid // machine.multiprocessors)  # Of the busiest multiprocessor.
     warps_of_block = -(-launch.block // 32) / machine.issue  # On a scheduler.
-    # A product or multiply-add takes its issue slot while its unit is free for it, so the two are not added.
+    # A product or multiply-add occupies its issue slot and its unit at the same time, so the two are not added.
     own = (sum(launch.mma.values()) + sum(launch.multiplies.values()) / 32) / launch.warps
     queued = [*(demands[name] for name in demands if name != "issue"), max(0, demands["issue"] - own)]
     limit = max(demands.values())
@@ -287,19 +294,19 @@ def predict_launch(machine: Machine, launch: Launch, code: Code) -> Predicted:
 
 
 def _memory(machine: Machine, size: float) -> float:
-    """Seconds to move so many bytes, from where they are after the call before."""
+    """Return the seconds to move bytes, from the second-level cache if the previous call leaves them there."""
     fits = size < RESIDENT_SHARE * machine.l2_bytes
     return size / (machine.l2 if fits else machine.dram * machine.copy_share)
 
 
 def predict_eager(machine: Machine, steps: Iterable[Product | Sweep]) -> float:
-    """Seconds on the device. A product reaches cuBLAS's usual share, less what its last wave of tiles leaves idle."""
+    """Return seconds on the device. A product reaches cuBLAS's usual share, less the idle part of its last wave."""
     seconds = 0.0
     for step in steps:
         if isinstance(step, Sweep):
             seconds += _memory(machine, step.bytes) + step.kernels * machine.launch
             continue
-        # Tiles of 128 x 128, or 64 x 64 where these are too few; products deeper than wide are split along the depth.
+        # Tiles of 128 x 128, or 64 x 64 if these are too few; products deeper than wide are split along the depth.
         tile = 128 if -(-step.m // 128) * -(-step.n // 128) >= machine.multiprocessors else 64
         tiles = -(-step.m // tile) * -(-step.n // tile)
         split = max(1, min(machine.multiprocessors // tiles, step.k // 512))
@@ -313,7 +320,7 @@ def predict_eager(machine: Machine, steps: Iterable[Product | Sweep]) -> float:
 
 @dataclass(frozen=True)
 class Row:
-    """A problem on a machine, in predicted seconds. floor: the minimum's bytes or operations at the machine's peak."""
+    """Predicted seconds of a problem on a machine. floor: the fewest bytes or operations at the machine's peak."""
 
     problem: Problem
     launches: tuple[Predicted, ...]
@@ -323,7 +330,7 @@ class Row:
 
     @property
     def bound(self) -> str:
-        """What bounds most of the time."""
+        """The limit that bounds most of the time."""
         shares: dict[str, float] = {}
         for launch in self.launches:
             shares[launch.bound] = shares.get(launch.bound, 0) + launch.seconds
@@ -331,7 +338,7 @@ class Row:
 
 
 def completed(problem: Problem) -> Problem:
-    """The problem with what PyTorch launches around our kernels."""
+    """Return the problem with PyTorch's launches around our kernels added."""
     return replace(problem, launches=(*problem.launches, *surrounding_launches(problem.key)))
 
 
@@ -372,10 +379,10 @@ def describe_launches(row: Row) -> Iterable[str]:
 
 
 def confront(rows: Sequence[Row], measured: dict[str, Any]) -> list[str]:
-    """Lines with predicted and measured times of the problems in a result file of kernels.py, their ratio, a summary.
+    """Compare predictions with a result file of kernels.py: lines with both times and their ratio, and a summary.
 
-    Queueing a call takes the host some time, whatever the size, and it varies by half. Where a case took less than
-    HOST_SHARE times what the op's quickest one took, that is what was measured, and the line says so.
+    Queueing a call takes the host some time, whatever the size, and that varies by half. If a case took less than
+    HOST_SHARE times as long as the op's quickest case, its measured time is that of queueing, and the line says so.
     """
     results = {(row["op"], row["label"], row["dtype"], row["passes"]): row for row in measured["results"]}
 
@@ -388,7 +395,7 @@ def confront(rows: Sequence[Row], measured: dict[str, Any]) -> list[str]:
             key = result["op"], result["passes"], name
             quickest[key] = min(quickest.get(key, float("inf")), median(result, name))
     lines = [f"{'predicted, then measured, in us; their ratio':<100}{'ours':>25}{'eager':>27}"]
-    ratios: dict[bool, list[float]] = {True: [], False: []}  # Whether they are ours.
+    ratios: dict[bool, list[float]] = {True: [], False: []}  # True: ours, False: eager.
     for row in rows:
         result = results.get(row.problem.key)
         if result is None:

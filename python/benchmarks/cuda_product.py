@@ -3,9 +3,10 @@
     python python/benchmarks/cuda_product.py --trace build/trace-cpython-311/product_check
     python python/benchmarks/cuda_product.py --measure    # on this machine's GPU
 
-What a tile does is counted in the emulation, by tests/csrc/product_check.cu, built with -DCPC_EXT_TRACE=ON; nvcc
-compiles each product, and the machine code says the rest. Each time stands beside the ceiling: what mma.sync reaches on
-that GPU. Products of groups of warps, by the instructions that compute capability 9.0 alone has, are only measured.
+tests/csrc/product_check.cu, built with -DCPC_EXT_TRACE=ON, counts the work of a tile in the emulation. nvcc compiles
+each product, and the rest is taken from the machine code. Each time is printed next to the ceiling, which is what
+mma.sync reaches on that GPU. Products of warp groups, with instructions that only compute capability 9.0 has, are
+measured, but not predicted.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ __all__ = ["PRODUCTS", "Product", "code_of", "compile_for_gpu", "compile_product
 REPOSITORY = Path(__file__).resolve().parents[2]
 SIDE = 8192
 SECTOR = 32
-REPEATS = 9  # The median is of so many.
+REPEATS = 9  # Number of measurements of which the median is taken.
 
 
 @dataclass(frozen=True)
 class Product:
-    """One of product_check's: its name there, its template arguments, the side of its tiles and the size of values."""
+    """A product of product_check.cu: its name, template arguments, rows and columns of a tile, and bytes of a value."""
 
     name: str
     arguments: str
@@ -86,14 +87,14 @@ PRODUCTS = _products()
 
 
 def compile_product(product: Product, architecture: int, folder: Path) -> tuple[Kernel, float]:
-    """The kernel and the seconds that nvcc took. FileNotFoundError without nvcc.
+    """Compile a product, and return the kernel and the seconds that nvcc took. Raises FileNotFoundError without nvcc.
 
-    For 9.0 with all that it has: groups of warps then multiply by its own instructions.
+    For 9.0 it compiles with architecture-specific features: groups of warps then multiply with wgmma.
     """
     nvcc = find_tool("nvcc")
     if nvcc is None:
         raise FileNotFoundError("no nvcc")
-    source = folder / f"{product.name.replace(' ', '_')}_{architecture}.cu"  # nvcc takes options apart at commas.
+    source = folder / f"{product.name.replace(' ', '_')}_{architecture}.cu"  # nvcc splits options at commas.
     check = REPOSITORY / "tests" / "csrc" / "product_check.cu"
     source.write_text(f'#define CPC_ONE_PRODUCT {product.arguments}\n#include "{check}"\n')
     cubin = source.with_suffix(".cubin")
@@ -111,7 +112,7 @@ def _options(architecture: int) -> list[str]:
 
 
 def compile_for_gpu(source: Path, folder: Path) -> Path:
-    """The program that nvcc makes of a CUDA file, for this machine's GPU. FileNotFoundError without nvcc."""
+    """Compile a CUDA file to a program for this machine's GPU. Raises FileNotFoundError without nvcc."""
     nvcc = find_tool("nvcc")
     if nvcc is None:
         raise FileNotFoundError("no nvcc")
@@ -129,7 +130,7 @@ def code_of(kernel: Kernel) -> Code:
 
 
 def _counts(program: Path, product: Product, depth: int) -> dict[str, Any]:
-    """What product_check counted of one tile."""
+    """Return product_check's counts for one tile."""
     command = [program, *product.name.split(), str(product.rows), str(product.columns), str(depth)]
     environment = {**os.environ, "CPC_EMULATION_SHARED_KIB": "227"}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
@@ -163,14 +164,14 @@ def _launch(counted: Mapping[str, Any]) -> Launch:
 
 
 def _combined(first: Any, second: Any, share: float) -> Any:
-    """What lies that share of the way from the first counts to the second."""
+    """Interpolate or extrapolate counts linearly from first (share 0) to second (share 1)."""
     if isinstance(first, dict):
         return {name: _combined(first[name], second[name], share) for name in first}
     return first + share * (second - first) if isinstance(first, float) else first
 
 
 def count_tile(program: Path, product: Product, depth: int) -> Launch:
-    """What one tile does. Counts grow evenly with the depth, so that two smaller ones tell them."""
+    """Count the work of one tile. Counts are linear in the depth, so that they follow from two smaller depths."""
     shallow, deep = 256, 512
     one, two = (_launch(_counts(program, product, each)) for each in (shallow, deep))
     share = (depth - shallow) / (deep - shallow)
@@ -182,7 +183,7 @@ def count_tile(program: Path, product: Product, depth: int) -> Launch:
 
 
 def of_all_tiles(machine: Machine, tile: Launch, product: Product, code: Code, side: int) -> Launch:
-    """The launch that multiplies matrices of side x side, by blocks that stay."""
+    """Return the launch that multiplies matrices of side x side with persistent blocks."""
     tiles = -(-side // product.rows) * -(-side // product.columns)
     grid = min(tiles, machine.multiprocessors * blocks_at_once(machine, tile, code))
     of_launch = ("kernel", "grid", "block", "dynamic_shared_bytes", "busiest", "instructions")
@@ -204,7 +205,7 @@ def _scaled(value: Any, by: float) -> Any:
 
 @dataclass(frozen=True)
 class Share:
-    """A predicted time, and the ceiling: the time of its products on tensor cores alone."""
+    """A predicted time, and its ceiling, the time of the products on tensor cores alone."""
 
     time: Predicted
     ceiling: float

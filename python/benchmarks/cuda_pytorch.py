@@ -1,8 +1,8 @@
-"""What PyTorch itself launches in the benchmarks' problems, worked out by hand as no GPU is here to watch it.
+"""PyTorch's own launches in the benchmarks' problems, worked out by hand, since the emulation cannot count them.
 
-These are the steps of the eager formulations, and the launches around our kernels: gradients times the
-loss's gradient, and memory filled with zeros. What our own kernels do is counted in the emulation
-(cuda_traffic.py) and not here. The eager formulation of augment_patches, thousands of small launches, is left out.
+These are the steps of the eager formulations, and the launches around our kernels, such as the multiplication of
+gradients by the loss's gradient and fills with zeros. cuda_traffic.py counts the work of our own kernels in the
+emulation. The eager formulation of augment_patches, thousands of small launches, is left out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ops import counted_ops
 
 __all__ = ["Key", "cases_by_key", "eager_steps", "surrounding_launches"]
 
-# What a row of kernels.py and a problem of cuda_counts.json are found by: op, label, dtype, passes.
+# Key of a row of kernels.py and of a problem in cuda_counts.json: op, label, dtype, passes.
 Key = tuple[str, str, str, str]
 Steps = list[Product | Sweep]
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -53,7 +53,10 @@ def _eager_sampled(case: Any) -> Steps:
 
 
 def _eager_convolution(case: Any, inputs: int, taps: int, *, bias: bool, around: Sequence[Sweep]) -> Steps:
-    """around: what else is read and written, such as to mask weights or to pad images; as much again backward."""
+    """Return the steps of a convolution.
+
+    around: other passes over memory, such as masking weights or padding images, which occur again backward.
+    """
     pixels, outputs, size = case.batch * case.side**2, case.out_channels, SIZES[case.dtype]
     math = _math(case.dtype, "tf32")
     steps: Steps = [*around, Product(pixels, outputs, taps * inputs, math, size)]
@@ -94,7 +97,7 @@ def _eager_patches(case: Any) -> Steps:
 
 
 def _eager_mixture(case: Any) -> Steps:
-    one = case.batch * case.side**2 * case.components * case.channels * 4  # What every intermediate result takes.
+    one = case.batch * case.side**2 * case.components * case.channels * 4  # Bytes of each intermediate result.
     # About 45 elementwise kernels over colours and components, most with two operands; twice as many backward.
     return [Sweep(2.5 * one)] * (45 + (95 if case.backward else 0))
 
@@ -113,7 +116,7 @@ EAGER: dict[str, Callable[[Any], Steps]] = {
 
 
 def _elementwise(name: str, *, reads: float, writes: float) -> Launch:
-    """A kernel whose neighbouring threads access neighbouring memory, 16 bytes each; reads and writes are bytes."""
+    """Return an elementwise kernel with coalesced accesses of 16 bytes for each thread. reads, writes: bytes."""
     grid = max(1, -int(-max(reads, writes) // (16 * 256)))
     return Launch(
         kernel=name,
@@ -131,12 +134,12 @@ def _elementwise(name: str, *, reads: float, writes: float) -> Launch:
 
 
 def _small(name: str, count: int = 1) -> list[Launch]:
-    """Launches on a few values, whose pause is what they cost."""
+    """Return launches on a few values, whose cost is the pause before them."""
     return [_elementwise(name, reads=32, writes=32)] * count
 
 
 def _around_contrast(case: Any, queries: int, keys: int, dim: int) -> list[Launch]:
-    """The gradients times the loss's, which is filled with a one."""
+    """Return the launches that fill the loss's gradient with a one and multiply the other gradients by it."""
     if not case.backward:
         return []
     sizes = [count * dim * SIZES[case.dtype] for count in (queries, keys)]
@@ -153,7 +156,7 @@ def _around_sampled(case: Any) -> list[Launch]:
 
 
 def _around_shifted(case: Any) -> list[Launch]:
-    """The weight is padded to 3 x 3: zeros, and a copy into them; its gradient is cut out again."""
+    """Return the launches that pad the weight to 3 x 3, a fill and a copy, and that cut its gradient out again."""
     inputs = 2 * case.features
     weight = (6 if case.shift == "down" else 4) * inputs * case.out_channels * SIZES[case.dtype]
     copied = _elementwise("PyTorch's copy", reads=weight, writes=weight)
@@ -162,7 +165,7 @@ def _around_shifted(case: Any) -> list[Launch]:
 
 
 def _around_mixture(case: Any) -> list[Launch]:
-    """The benchmark sums the images' nats, so that the gradient is a one, repeated."""
+    """Return the launches of summing the images' nats, as the benchmark does, and of the gradient, a repeated one."""
     return [*_small("PyTorch's sum"), *_small("PyTorch's fill"), *_small("PyTorch's copy")] if case.backward else []
 
 
@@ -179,7 +182,7 @@ AROUND: dict[str, Callable[[Any], list[Launch]]] = {
 
 @cache
 def cases_by_key() -> dict[Key, Case]:
-    """Every benchmark case that is counted."""
+    """Return every counted benchmark case by its key."""
     return {
         (op.name, case.label, case.dtype, "forward+backward" if case.backward else "forward"): case
         for op in counted_ops().values()
@@ -188,12 +191,12 @@ def cases_by_key() -> dict[Key, Case]:
 
 
 def eager_steps(key: Key) -> Sequence[Product | Sweep] | None:
-    """The eager formulation of a benchmark case, None where it is not worked out."""
+    """Return the steps of a benchmark case's eager formulation, or None if they are not worked out."""
     case = cases_by_key().get(key)
     return None if case is None or key[0] not in EAGER else EAGER[key[0]](case)
 
 
 def surrounding_launches(key: Key) -> Sequence[Launch]:
-    """What PyTorch and the runtime launch around our kernels in a benchmark case."""
+    """Return the launches of PyTorch and the runtime around our kernels in a benchmark case."""
     case = cases_by_key().get(key)
     return () if case is None or key[0] not in AROUND else AROUND[key[0]](case)

@@ -2,9 +2,9 @@
 
     python python/benchmarks/cuda_sampling.py --machine H100 A100
 
-Blocks that share images wait for each other before most steps, and do little in between: what counts are a step's chain
-of latencies and the barrier, not bytes and operations. The chain follows csrc/pixel_steps/cuda.cu: a step's
-description, the values that it reads, its weights, sums over lanes and warps, what finishes them, one after another.
+Blocks that share images wait for each other before most steps, and do little in between, so that the time depends on a
+step's chain of latencies and the barrier, not on bytes and operations. The chain follows csrc/pixel_steps/cuda.cu: a
+step's description, the values that it reads, its weights, sums over lanes and warps, and the final operations.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ __all__ = ["Pixel", "predict"]
 # As in csrc/pixel_steps/cuda.cu.
 FEATURES, ROWS, WARPS, MOST_BLOCKS = 8, 4, 8, 16
 SLICES, GATED_SLICES, WEIGHTS_AHEAD = 128, 64, 8
-# A barrier among blocks: an atomic operation, what it has others see, and a turn of their polling. An estimate; the
-# barrier of a whole grid is said to take 1 to 1.5 us.
+# Seconds of a barrier among blocks: an atomic operation, a memory fence, and a turn of the others' polling. This is an
+# estimate; the barrier of a whole grid reportedly takes 1 to 1.5 us.
 BARRIER = 1.5e-6
-# Launches a pixel beside the kernel's: the noise and the place, then what draws a value and writes it.
+# Launches for each pixel besides the kernel's: those that make noise and position, and that draw and write the value.
 OTHER_LAUNCHES = 10
 
 
 @dataclass(frozen=True)
 class Pixel:
-    """Predicted seconds a pixel of all images: its steps, its share of those of a row, other launches."""
+    """Predicted seconds for one pixel of all images: its own steps, its share of a row's steps, and other launches."""
 
     steps: float
     rows: float
@@ -54,17 +54,17 @@ def _step_seconds(machine: Machine, step: PixelStep, blocks: int, rows: int) -> 
     taps = ceil(sum(len(source.taps) for source in step.sources) / WARPS)
     parts, l2, shared = ceil(rows / ROWS), machine.latency_l2, machine.latency_shared
     describe, stage = 2 * l2, taps * min(rows, ROWS) * l2
-    # Five exchanges of lanes, the sums of the warps one by one; bias, what is added to it and the pixel's own features.
+    # Five exchanges between lanes, then the sums of the warps one by one; loads of bias, addend and own features.
     finish = turns * l2 + (5 + WARPS) * shared + 2 * l2
     clocks = describe + parts * (stage + ceil(units / blocks) * finish)
-    # A block's weights, as fast as a multiprocessor's share of the second-level cache.
+    # A block's weights are read at a multiprocessor's share of the second-level cache's rate.
     of_block = parts * ceil(units / blocks) * depth * FEATURES * (2 if gated else 1) * step.weight.element_size()
-    waits = step.offset == (0, 0)  # The other parts of a map of twice the resolution are written at the same time.
+    waits = step.offset == (0, 0)  # The other offsets of an upsampled map are written without a further barrier.
     return (BARRIER if waits else 0) + max(clocks / machine.clock, of_block / (machine.l2 / machine.multiprocessors))
 
 
 def predict(machine: Machine, model: PixelCNNPP, images: int, side: int) -> Pixel:
-    """Images are square."""
+    """Predict the time of one pixel of square images."""
     features = StreamFeatures(model, (images, model.in_channels, side, side), None)
     groups = min(images, machine.multiprocessors)
     blocks = min(MOST_BLOCKS, machine.multiprocessors // groups)

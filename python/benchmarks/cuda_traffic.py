@@ -1,9 +1,9 @@
 """What our CUDA kernels ask of a GPU's memory in the benchmarks' problems, counted without one.
 
-Each problem of kernels.py runs in the emulation, a sample of the blocks of each launch, and every access is counted:
-csrc/core/cuda/emulation/traffic.h. Prints a table; with ``--out`` writes the counts for cuda_model.py. With
-``--check`` no kernel may ask for more than traffic_budgets.py allows. CPC_EXT_NATIVE must name a module that was built
-with -DCPC_EXT_TRACE=ON.
+Each problem of kernels.py runs in the emulation, with a sample of the blocks of each launch, and
+csrc/core/cuda/emulation/traffic.h counts every access. Prints a table; with ``--out`` writes the counts for
+cuda_model.py. With ``--check`` the program fails if a kernel requests more than traffic_budgets.py allows.
+CPC_EXT_NATIVE must name a module that was built with -DCPC_EXT_TRACE=ON.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-# What a block of an H100 has, and how many multiprocessors there are: kernels ask for both.
+# Shared memory of a block and number of multiprocessors of an H100, which kernels query.
 os.environ.setdefault("CPC_EMULATION_SHARED_KIB", "227")
 os.environ.setdefault("CPC_EMULATION_MULTIPROCESSORS", "132")
 
@@ -38,24 +38,24 @@ from cpc_ext._native import native
 __all__ = ["trace", "trace_case"]
 
 SECTOR = 32
-# Blocks of a launch that are run: enough to meet edges and the middle, few enough for thousands of rows.
+# Blocks of a launch that are run: enough to cover edges and the middle, few enough for thousands of rows.
 BLOCKS = 4
-# A byte that makes any number of such bytes a small one: 0.0115 in float32 and bfloat16, 1.06 in float16.
+# A byte whose repetition is a small number in any type: 0.0115 in float32 and bfloat16, 1.06 in float16.
 FILL = 0x3C
-# Where each way of access goes.
+# Ways of access that read, and that write.
 READS, WRITES = ("read", "copied_from"), ("write", "atomic")
 
 
 def _is_workspace(tensor: torch.Tensor) -> bool:
-    """A workspace is bytes in a row; everything else goes in or comes out."""
+    """Return whether a tensor is a workspace, the only tensors that are flat uint8."""
     return tensor.dtype == torch.uint8 and tensor.ndim == 1
 
 
 class _Recorder:
-    """The compiled module, and the memory of all tensors that its functions were given.
+    """Stands in for the compiled module, and records all tensors that its functions were given.
 
-    Workspaces are filled first: kernels that skip what another kernel found to be zero must not skip what blocks that
-    were not run would have written.
+    It fills workspaces first. Otherwise a kernel that skips zeros of a previous kernel would skip values that this
+    kernel's blocks would have written if they had been run.
     """
 
     def __init__(self) -> None:
@@ -96,11 +96,11 @@ def _recorded() -> Iterator[_Recorder]:
 
 
 def trace(call: Callable[[], Any], *, blocks: int = BLOCKS) -> tuple[list[Traced], list[torch.Tensor]]:
-    """The launches of a call whose tensors are the CPU's, and the tensors that the kernels were given.
+    """Trace a call on CPU tensors, and return its launches and the tensors that the kernels were given.
 
     Args:
-        call: what it computes is wrong, as not all blocks are run.
-        blocks: of each launch that are run, from as many equal parts of its grid; 0 runs all.
+        call: the call; its results are wrong, as not all blocks are run.
+        blocks: number of blocks of each launch to run, one from each of as many equal parts of its grid; 0 runs all.
     """
     with _recorded() as recorder:
         native.begin_trace({"traffic": {}}, blocks)
@@ -154,9 +154,9 @@ def _traced(counted: dict[str, Any], ranges: Sequence[tuple[int, int]]) -> Trace
 
 
 def _unique(stretches: Sequence[Sequence[int]], column: int, ranges: Sequence[tuple[int, int]], scale: float) -> float:
-    """Different bytes that the whole grid touches: what the blocks that were run did, and no more than a tensor has.
+    """Estimate the distinct bytes that the whole grid touches: those of the blocks that were run, scaled to the grid.
 
-    Blocks that were not run touch as much as the others of what is theirs, and of what all share, nothing else.
+    The estimate for a tensor is limited to its size, so that data which all blocks share is not counted repeatedly.
     """
     of_range = dict.fromkeys(range(len(ranges)), 0)
     elsewhere = 0
@@ -173,7 +173,7 @@ def _unique(stretches: Sequence[Sequence[int]], column: int, ranges: Sequence[tu
 
 
 def trace_case(op: Op, case: Case, *, blocks: int = BLOCKS) -> tuple[Problem, list[Traced]]:
-    """A benchmark's problem as cuda_model.py takes it, and its launches."""
+    """Trace a benchmark case, and return it as a problem for cuda_model.py with its launches."""
     torch.manual_seed(0)
     problem = op.prepare(case, torch.device("cpu"))
     traced, tensors = trace(problem.alternatives[problem.compared], blocks=blocks)

@@ -1,7 +1,7 @@
 """What goes wrong in contrastive learning: each failure beside the same run without it, on the drawn textures.
 
-Prints a table; with ``--out`` writes JSON, with the command of every run, and a chart: how often a run finds its
-targets, and what nearest neighbours make of its encodings on the way.
+Prints a table; with ``--out`` writes JSON, with the command of every run, and a chart of the contrastive accuracy and
+that of nearest neighbours during training.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from machine import describe, result_file, write_json
 
 from cpc_ext.programs.train_options import parse
 
-# Looks at the encoder on the way, for the curves.
+# Evaluations of the encoder during training, for the curves.
 PROBES = 8
 
 
 class Failure(NamedTuple):
-    """title: in table and chart. model: what is trained. options: those that make it fail."""
+    """A failure. title: name in table and chart. model: the model. options: the options that make it fail."""
 
     title: str
     model: str
@@ -59,7 +59,7 @@ def command_of(failure: Failure, options: tuple[str, ...], arguments: argparse.N
 
 
 def run(command: tuple[str, ...]) -> dict[str, Any]:
-    """The curves and probes of a run, or SystemExit with what it said."""
+    """Run a training command, and return its curves and probes. Raises SystemExit with its stderr if it fails."""
     every = max(1, (parse([*command]).run.optimization.steps or PROBES) // PROBES)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run"

@@ -1,8 +1,8 @@
 """Build, test and measure on a machine with a GPU, in one command and within a given time.
 
-Builds cpc_ext for this GPU into a temporary folder, runs the tests that need a GPU, some of them under
-compute-sanitizer, and all benchmarks. Leaves one folder with report.md, the results and the log of every stage. The
-exit status is 0 if no stage failed, 1 if one did, and 2 without a GPU.
+Builds cpc_ext for this GPU into a temporary folder, and runs the tests that need a GPU, some of them under
+compute-sanitizer, and all benchmarks. Writes report.md, the results and the log of every stage to one folder. The exit
+status is 0 if no stage failed, 1 if one did, and 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OPS = sorted(path.stem for path in (REPOSITORY / "cpc_ext" / "ops").glob("[!_]*.
 # sanitizer.
 SANITIZER_TESTS = f"({' or '.join(OPS)}) and not graph and not large and not gradcheck and not finite"
 SANITIZER_STATUS = 99
-# A missing module is the machine's doing only if it is not one of ours.
+# Modules of ours: if one of these is missing, the tests are at fault, not the machine.
 OWN_MODULES = ("cpc_ext", "tests", "benchmark")
 CHECK_BUILD = """
 import sys
@@ -60,11 +60,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def make_stages(out: Path, build: Path, architecture: str, *, quick: bool, device: str = "") -> list[Stage]:
-    """All stages, the most valuable first. device: the GPU's name, for the predictions that there are of it."""
+    """Return all stages, the most valuable first. device: the GPU's name, to choose its predictions."""
     python = sys.executable
     junit = out / "tests.xml"
     install = (python, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "--target", str(build))
-    # A build folder of its own: in the usual one CMake would remember the architecture for later builds.
+    # A separate build folder, since CMake would keep the architecture for later builds in the usual one.
     options = (
         *("-C", f"cmake.define.CMAKE_CUDA_ARCHITECTURES={architecture}"),
         *("-C", f"build-dir=build/gpu_report-{architecture}"),
@@ -112,7 +112,7 @@ def make_stages(out: Path, build: Path, architecture: str, *, quick: bool, devic
 
 
 def prediction_stage(device: str, result: Path, measured_by: str) -> Stage:
-    """Sets the predicted times of this GPU beside those just measured."""
+    """Return the stage that compares the predicted times for this GPU with those just measured."""
     names = [name for name in MACHINES if name in device]
     return Stage(
         "predictions",
@@ -124,7 +124,7 @@ def prediction_stage(device: str, result: Path, measured_by: str) -> Stage:
 
 
 def examine_predictions(returned: int, log: Path) -> Examined:
-    """Prints the comparison; its last line is the note."""
+    """Print the comparison, and return its last line as the note."""
     text = log.read_text(errors="replace").rstrip()
     print(text, flush=True)
     return Examined(returned == 0, text.rpartition("\n")[2])
@@ -135,7 +135,7 @@ def sanitizer_stage(tool: str, pytest: Sequence[str], needs: Sequence[str]) -> S
     options = ("--tool", tool, "--target-processes", "all", "--error-exitcode", str(SANITIZER_STATUS))
     return Stage(
         tool,
-        # Without PyTorch's cache every tensor is an allocation of its own, whose bounds and writes the tool sees.
+        # Without PyTorch's cache every tensor is a separate allocation, whose bounds and writes the tool checks.
         [
             (
                 "env",
@@ -155,7 +155,7 @@ def sanitizer_stage(tool: str, pytest: Sequence[str], needs: Sequence[str]) -> S
 
 
 def examine_tests(junit: Path, returned: int, log: Path) -> Examined:
-    """Counts from pytest's XML; test files that need a library this machine lacks are named, not failed."""
+    """Return counts from pytest's XML; test files that need a library this machine lacks are listed, not failed."""
     if not junit.exists():
         return Examined(False, f"pytest ended with status {returned} before it reported")
     counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
@@ -182,7 +182,7 @@ def _missing_module(error: ElementTree.Element) -> str | None:
 
 
 def examine_sanitizer(returned: int, log: Path) -> Examined:
-    """Failed if a report names a kernel of ours, or if it is unclear whom it names; PyTorch's own are only counted."""
+    """Return failure if a report names one of our kernels or cannot be attributed; PyTorch's are only counted."""
     text = log.read_text(errors="replace")
     located = re.findall(r"^=+ .*\bat (.+?)\+0x[0-9a-f]+", text, re.MULTILINE)
     ours = sum("cpc::" in kernel for kernel in located)
@@ -215,7 +215,7 @@ def main(arguments: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         print(f"gpu_report: no CUDA GPU for torch {torch.__version__} here, so nothing was run", file=sys.stderr)
         return 2
-    # cpc_ext is not built yet, so what describes the machine to the other programs cannot be imported here.
+    # cpc_ext is not built yet, so machine.py, which imports it, cannot be used here.
     name = torch.cuda.get_device_name()
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     out = (arguments.out or BENCHMARKS / "results" / f"{date.today()}-{slug}").resolve()

@@ -1,10 +1,9 @@
 """Peak memory of a training step: CPC end to end, and the modules of Greedy InfoMax at once or one alone.
 
 All train the same encoder, Löwe et al. 2019's ResNet-50 v2 without its last stack and without norm, on 7x7 patches of
-16x16 pixels. What is there during the whole step, weights and Adam's two moments of those that are trained, is counted
-apart from the peak of what a step adds: activations and gradients. The fair rival is CPC that recomputes the
-activations of its residual blocks when their gradients are due (``torch.utils.checkpoint``), which costs a second
-forward pass.
+16x16 pixels. Memory that is allocated during the whole step, weights and Adam's two moments of trained weights, is
+counted separately from the peak of activations and gradients that a step adds. The fair rival is CPC with recomputed
+activations of its residual blocks (``torch.utils.checkpoint``), which costs a second forward pass.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ def make_model(encoder: dict[str, Any], modules: int, device: str, *, with_conte
 
 
 def recompute_blocks(model: GreedyInfoMax) -> None:
-    """Keep a block's input alone for the backward pass, and run the block again there."""
+    """Keep only a block's input for the backward pass, and run the block again there."""
     for stack in model.encoder.stacks:
         for block in stack:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -62,7 +61,10 @@ def bytes_of(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def measure(name: str, model: GreedyInfoMax, step: Callable[[], None], device: str) -> dict[str, Any]:
-    """Bytes of a step: what is there throughout, and what it adds at most. Trained is what requires a gradient."""
+    """Return the bytes of a step: those allocated throughout, and the peak that it adds.
+
+    Parameters count as trained if they require a gradient.
+    """
     trained = bytes_of(parameter for parameter in model.parameters() if parameter.requires_grad)
     model.zero_grad(set_to_none=True)
     result = {
@@ -91,7 +93,7 @@ def main(arguments: argparse.Namespace) -> None:
     print(f"{arguments.batch_size} images, float32, MiB{'':<28}{'weights, Adam':>14}{'step':>9}{'total':>10}")
 
     results = []
-    # CPC's context network has four layers of as many channels as the encoder puts out, more weights than the encoder.
+    # CPC's context network has four layers as wide as the encoder's output, with more weights than the encoder.
     for name, with_context in (("CPC, end to end", True), ("the same without context network", False)):
         whole = make_model(encoder, 1, device, with_context=with_context)
         results.append(measure(name, whole, lambda model=whole: modules_in_turn(model, patches), device))

@@ -36,12 +36,12 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def chosen_cases(op: Op, dtypes: list[str] | None, quick: bool) -> list[Case]:
-    """The op's cases in their own dtypes or in each of the given ones, every case once."""
+    """Return the op's cases in their own dtypes, or in each of the given ones, without duplicates."""
     cases = [case for case in op.cases if case.quick or not quick]
     if dtypes is None:
         return cases
     in_dtypes = [replace(case, dtype=dtype) for dtype in dtypes for case in cases]
-    # Cases that differ in nothing else were one case in several dtypes; the first is the one that may be swept.
+    # Cases that now coincide were one case in several dtypes; the first of them is kept, as it may be part of a sweep.
     by_content = {(case.label, case.dtype, case.backward): case for case in reversed(in_dtypes)}
     return list(by_content.values())[::-1]
 

@@ -1,4 +1,4 @@
-"""What a benchmark ran on, and where its results go: the head of every result file."""
+"""Description of the machine for the head of every result file, the files' names, and common arguments."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["add_common_arguments", "at_least", "describe", "device_slug", "resul
 
 
 def describe(device: str) -> dict[str, Any]:
-    """Device, versions and date, and how the compiled module was built."""
+    """Return the device, versions, the date, and how the compiled module was built."""
     if device.startswith("cuda"):
         name = torch.cuda.get_device_name(device)
     else:
@@ -34,26 +34,26 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The processor's name. Python knows of most Linux machines only that they are x86-64."""
+    """Return the processor's name, for which Python returns only "x86_64" on most Linux machines."""
     cpuinfo = Path("/proc/cpuinfo")
     named = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
     return named[1] if named else platform.processor() or platform.machine()
 
 
 def device_slug(device: str) -> str:
-    """ "cpu", or a GPU's name in small letters and hyphens, as "nvidia-h200"."""
+    """Return "cpu", or a GPU's name in lower case with hyphens, such as "nvidia-h200"."""
     if not device.startswith("cuda"):
         return device
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
 
 
 def result_file(out: Path, device: str, program: str) -> Path:
-    """The JSON file named by ``--out``: itself, or a dated name in that folder."""
+    """Return the JSON file named by ``--out``: itself, or a dated file in that folder."""
     return out if out.suffix == ".json" else out / f"{date.today()}-{device_slug(device)}-{program}.json"
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Replace the file as a whole, so that a run that is stopped leaves its last complete results."""
+    """Replace the file as a whole, so that an interrupted run leaves its last complete results."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".json.tmp")
     unfinished.write_text(json.dumps(document, indent=1) + "\n")
@@ -61,7 +61,7 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """The type of an argument that is a whole number, no smaller than this one. Quartiles need two rounds."""
+    """Return an argument type for whole numbers not below ``least``, such as 2 rounds, which quartiles need."""
 
     def whole_number(given: str) -> int:
         number = int(given)
@@ -80,7 +80,7 @@ def _device(name: str) -> str:
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--device``, ``--quick`` and ``--out``, which all programs here have."""
+    """Add ``--device``, ``--quick`` and ``--out``, which all programs here have."""
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument(
         "--device", type=_device, default=default, metavar="cpu|cuda", help=f"where to run (here {default})"

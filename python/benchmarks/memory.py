@@ -1,9 +1,9 @@
 """Peak memory of a call beyond what was allocated before it, as PyTorch's allocators count it.
 
 On CUDA it is the caching allocator's peak minus what was allocated before. On the CPU PyTorch's profiler records every
-allocation and release that goes through the CPU allocator, oneDNN's buffers included, and the peak is the largest
-running sum of them. Results of the call count, as they exist at its end. What a kernel allocates by itself, with malloc
-or on its stack, is not seen, nor are thread pools, code and rounding to pages.
+allocation and release of the CPU allocator, including oneDNN's buffers, and the peak is their largest running sum. The
+call's results count, as they exist at its end. Memory that a kernel allocates itself, with malloc or on its stack, is
+not counted, nor are thread pools, code and rounding to pages.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch.profiler import ProfilerActivity, profile
 
 __all__ = ["peak_extra_bytes"]
 
-# The profiler writes lines about itself to stderr otherwise, two for every measurement.
+# Otherwise the profiler writes two lines to stderr for every measurement.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 def peak_extra_bytes(call: Callable[[], object], device: torch.device | str) -> int:
-    """Bytes that ``call`` has allocated at most at any moment, beyond those allocated when it started."""
+    """Return the peak of bytes allocated during ``call``, beyond those allocated when it started."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,8 +1,8 @@
 """What threads are worth to small problems, on free cores and on cores that several processes want.
 
-Two questions for each op and for PyTorch's matrix product, on the CPU: how a call on two threads compares with one on
-one thread, and what several processes of two threads each get done together, set against one process of one thread
-times the cores there are. A process whose threads wait for each other while others hold the cores loses more than its
+For each op and for PyTorch's matrix product, on the CPU, this compares a call on two threads with one on a single
+thread, and the throughput of several processes of two threads each with that of one process of one thread times the
+number of cores. A process whose threads wait for each other while other processes hold the cores loses more than its
 share.
 """
 
@@ -28,7 +28,7 @@ from cpc_ext.ops import (
     sample_logistic_mixture,
 )
 
-# Pixels, queries or images of a call, from microseconds to tens of milliseconds.
+# Pixels, queries or images of a call, which takes from microseconds to tens of milliseconds.
 SIZES = (1, 4, 16, 64)
 THREADS = 2
 
@@ -116,14 +116,14 @@ def on_threads(call: Callable[[], Any], threads: int) -> Callable[[], Any]:
 
 
 def one_against_two(name: str, size: int, repeats: int) -> dict[str, float]:
-    """Median seconds of a call on one thread and on two, in turn."""
+    """Measure the median seconds of a call on one thread and on two, in turn."""
     call = PROBLEMS[name](size)
     times = interleaved({str(count): on_threads(call, count) for count in (1, THREADS)}, repeats=repeats)
     return {"one_thread_seconds": times["1"].median, "two_threads_seconds": times[str(THREADS)].median}
 
 
 def count_calls(cases, threads: int, seconds: float, barrier, results) -> None:
-    """What each process does: the cases one after another, all processes at the same one."""
+    """Run the cases in a process, one after another; all processes run the same case at a time."""
     torch.set_num_threads(threads)
     for case, (name, size) in enumerate(cases):
         call = PROBLEMS[name](size)
@@ -137,7 +137,7 @@ def count_calls(cases, threads: int, seconds: float, barrier, results) -> None:
 
 
 def calls_per_second(cases, processes: int, threads: int, seconds: float) -> list[float]:
-    """How many calls all processes together make in a second, for each case."""
+    """Return the calls per second of all processes together, for each case."""
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(processes), context.Queue()
     arguments = cases, threads, seconds, barrier, results
@@ -170,7 +170,7 @@ def main(arguments: argparse.Namespace) -> None:
             **times,
             "calls_per_second_alone": one,
             "calls_per_second_together": all_of_them,
-            # How much less than the cores' share of it they get done.
+            # Throughput on free cores relative to the measured one.
             "loss": min(cores, arguments.processes) * one / all_of_them,
         }
         faster = times["one_thread_seconds"] / times["two_threads_seconds"]

@@ -1,8 +1,8 @@
 """Sampling from PixelCNNs with kept features against running the whole network for every value, or pixel of PixelCNN++.
 
-The whole network costs the same at every pixel, so one row of it is timed and multiplied; images are drawn whole with
-kept features. Both draw the same images from the same noise, which is checked on the row. The fair rival runs the
-network on no more than the rows so far: its cost grows with them, so the middle row's stands for all.
+The whole network costs the same at every pixel, so one row is timed and multiplied; with kept features, whole images
+are drawn. Both draw the same images from the same noise, which is checked on that row. The fair rival runs the network
+only on the rows so far. Its cost grows with them, so that of the middle row is taken as the mean.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     known = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, device=device)
 
     def row(cached: bool, rows: int = size) -> Tensor:
-        """Images of so many rows, of which the last is drawn."""
+        """Draw the last row of images with this many rows."""
         generator = torch.Generator(device).manual_seed(0)
         images = known[:, :, :rows]
         return model.sample(count, (rows, size), images=images, known_rows=rows - 1, generator=generator, cached=cached)
@@ -67,7 +67,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         whole.append(seconds * size)
         rows_so_far.append(seconds_of(lambda: row(cached=False, rows=size // 2), device)[0] * size)
         kept.append(seconds_of(lambda: model.sample(count, size), device)[0])
-    # Where two values are nearly as probable, rounding may decide.
+    # If two values have nearly the same probability, rounding may decide.
     agreeing = (row(cached=True) == expected).float().mean().item()
     result = {
         "model": name,

@@ -1,8 +1,9 @@
 """What models of speech have learned after minutes of one core: phones and speakers, beside log-mel spectra.
 
-Every model trains for the same time on the same recordings, the drawn voices, more of them, or recordings in
-LibriSpeech's layout with labels of phones, with the options of its preset of the voices. `python -m cpc_ext.evaluate`
-judges it, and log-mel spectra alone and of five frames. Prints a table; with ``--out`` writes JSON after every run.
+Every model trains for the same time on the same recordings, with the options of its preset for the generated voices.
+The recordings are those voices, more utterances of them, or recordings in LibriSpeech's layout with phone labels.
+`python -m cpc_ext.evaluate` evaluates each model, and log-mel spectra of single frames and of five. Prints a table;
+with ``--out`` writes JSON after every run.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from machine import describe, result_file, write_json
 from cpc_ext.training.config import option
 from cpc_ext.training.presets import preset_entry
 
-# What a model is called in the table, its name, and its further options.
+# Each model's title in the table, its name, and its further options.
 MODELS = {
     "original": ("CPC, original", "cpc-audio", ()),
     "modified": ("CPC, modified", "cpc-audio", ("--recipe", "modified")),
@@ -30,7 +31,7 @@ MODELS = {
 
 
 def short(model: str) -> list[str]:
-    """Options of a model and of its preset of the drawn voices, whose runs are minutes long too, less its length."""
+    """Return the options of a model and of its preset for the generated voices, without steps and recipe."""
     _, name, more = MODELS[model]
     options = ["--model", name, *more]
     for section in preset_entry(name, "voices").values():
@@ -79,9 +80,9 @@ def run(
     utterances: int | None = None,
     more: str = "",
 ) -> dict[str, Any]:
-    """What is told from the frames of a run's model, or SystemExit with what a program said.
+    """Train and evaluate a model, and return its accuracies. Raises SystemExit with a failed program's stderr.
 
-    more: options of the run, which come last.
+    more: further options of the run, which come last.
     """
     data = ["voices"] if data_dir is None else ["librispeech", "--data-dir", str(data_dir)]
     options = [*short(model), "--dataset", *data, "--device", "cpu"]

@@ -1,7 +1,7 @@
 """CPC and Greedy InfoMax on speech as CPC_audio and Greedy InfoMax's program formulate them, in plain PyTorch.
 
-The published networks with the losses on gathered negatives: an array of every negative of every position, which is
-copied or multiplied once a step ahead. Written for comparison from the papers and the programs' described behaviour.
+The published networks, with losses on gathered negatives: an array of every negative of every position, which is copied
+or multiplied once for each predicted step. Written for comparison, from the papers and descriptions of the programs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ STEPS = 12
 
 
 class ChannelNorm(nn.Module):
-    """Mean and unbiased variance over the channels of every frame of [B, C, L]."""
+    """Normalises [B, C, L] by mean and unbiased variance over the channels of every frame."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ def layers(channels: int, paddings: tuple[int, ...], norm: bool) -> list[nn.Sequ
 
 
 class CPCAudioRival(nn.Module):
-    """256 channels, channel norm, LSTM, linear predictors, 128 negatives of any window at another time."""
+    """CPC_audio: 256 channels, channel norm, LSTM, linear predictors, 128 negatives of any window at other times."""
 
     def __init__(self, channels: int = 256, negatives: int = 128) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class CPCAudioRival(nn.Module):
         self.negatives = negatives
 
     def drawn(self, waveforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Encodings and contexts [B, T, C], and negatives among all encodings, indices [B, negatives, T - STEPS]."""
+        """Return encodings and contexts [B, T, C], and negatives, indices [B, negatives, T - STEPS] of encodings."""
         z = self.encoder(waveforms).transpose(1, 2)
         c, _ = self.context(z)
         batch, length, _ = z.shape
@@ -78,7 +78,7 @@ class CPCAudioRival(nn.Module):
 
 
 class BatchedCPCAudioRival(CPCAudioRival):
-    """The same loss by whoever knows that all steps contrast the same negatives: one batched product scores them."""
+    """The same loss with one batched product that scores the negatives, since all steps have the same ones."""
 
     def forward(self, waveforms: Tensor) -> Tensor:
         z, c, places = self.drawn(waveforms)
@@ -92,7 +92,7 @@ class BatchedCPCAudioRival(CPCAudioRival):
 
 
 class GreedyLoss(nn.Module):
-    """The loss of a module: one matrix for all steps, S permutations of all positions shared by the steps."""
+    """The loss of a module: one matrix for all steps, and S permutations of all positions that the steps share."""
 
     def __init__(self, context: int, channels: int, samples: int, subsample: int | None) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class GreedyRival(nn.Module):
         return sum(self.each_loss(waveforms), waveforms.new_zeros(()))
 
     def each_loss(self, waveforms: Tensor) -> Iterator[Tensor]:
-        """The losses of one module after another, each of which can be backward before the next runs."""
+        """Yield one module's loss after another, so that each can be back-propagated before the next module runs."""
         z = waveforms
         for index, layer in enumerate(self.layers):
             z = layer(z if self.end_to_end else z.detach())

@@ -1,11 +1,11 @@
 """Training steps on speech: CPC_audio's and Greedy InfoMax's formulation against ours, with the same settings.
 
-CPC_audio's default (256 channels, channel norm, LSTM, linear predictors, 128 negatives), Greedy InfoMax's CPC and its
-six modules with ``--subsample`` (512 channels, GRU of 256, 10 negatives), batch 8 of 20480 samples, forward, backward
-and Adam. The rivals are in ``speech_rivals.py``. "tuned" is a rival with fused Adam, where the processor multiplies it
-natively bfloat16, as ours has them, and written by whoever knows PyTorch as well: one batched product scores the
-negatives of all steps of CPC_audio, and a module's activations go before the next one runs. Prints seconds a step and
-peak memory.
+The models are CPC_audio's default (256 channels, channel norm, LSTM, linear predictors, 128 negatives), Greedy
+InfoMax's CPC, and its six modules with ``--subsample`` (512 channels, GRU of 256, 10 negatives). A step is forward,
+backward and Adam, with batch 8 of 20480 samples. The rivals are in ``speech_rivals.py``. "tuned" is a rival with fused
+Adam and, if the processor has instructions for it, bfloat16, as ours, and with optimisations that PyTorch offers: one
+batched product scores the negatives of all steps of CPC_audio, and a module's activations are freed before the next one
+runs. Prints seconds per step and peak memory.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def greedy_rival() -> nn.Module:
 
 
 Make = Callable[[], nn.Module]
-# A name, the rival's model, that of the tuned rival, ours.
+# By name: the rival's model, the tuned rival's, and ours.
 CASES: dict[str, tuple[Make, Make, Make]] = {
     "CPC_audio, default": (CPCAudioRival, BatchedCPCAudioRival, our_cpc_audio),
     "Greedy InfoMax, CPC": (greedy_cpc_rival, greedy_cpc_rival, our_greedy_cpc),
@@ -73,7 +73,7 @@ def step_of(model: nn.Module, waveforms: Tensor, *, tuned: bool, dtype: torch.dt
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(waveforms.device.type, dtype=dtype, enabled=dtype != torch.float32):
             if isinstance(model, GreedyInfoMax):
-                for output in model.outputs(waveforms):  # A module's activations go before the next one runs.
+                for output in model.outputs(waveforms):  # A module's activations are freed before the next one runs.
                     output.loss.backward()
             elif isinstance(model, GreedyRival) and tuned:
                 for loss in model.each_loss(waveforms):

@@ -1,7 +1,7 @@
-"""Runs programs one after another within a time: each with what is left as its limit, its output in a log of its own.
+"""Runs programs one after another within a total time. Each has the remaining time as its limit, and a log of its own.
 
-A stage that fails or runs out of time does not stop the others; one that no longer fits, or whose requirement failed,
-is skipped and says why. The outcomes are handed on after every stage, so that a run that is cut off has a report too.
+A stage that fails or runs out of time does not stop the others. A stage that no longer fits, or whose requirement
+failed, is skipped with the reason. Outcomes are reported after every stage, so that an interrupted run has a report.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pathlib import Path
 __all__ = ["Examined", "Outcome", "Stage", "run_stages"]
 
 FAILED = ("failed", "timed out")
-# Between asking a stage that is out of time to end and killing it.
+# Time between SIGTERM and SIGKILL for a stage that is out of time.
 GRACE_SECONDS = 5
 
 
 @dataclass(frozen=True)
 class Examined:
-    """What a look at a finished stage's exit status and output found."""
+    """The verdict on a finished stage's exit status and output."""
 
     passed: bool
     note: str = ""
@@ -34,9 +34,9 @@ class Examined:
 class Stage:
     """Programs that run in order, up to the first that fails.
 
-    least: seconds left below which it is not worth starting.
-    most: seconds that it may take, even if more are left.
-    needs: names of stages without which this one makes no sense.
+    least: smallest remaining time in seconds with which it is started.
+    most: limit in seconds, even if more time remains.
+    needs: names of stages that must have passed.
     skip: a reason not to run it here.
     examine: judges exit status and log. Default: zero is a pass.
     """
@@ -52,7 +52,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Outcome:
-    """status: "passed", "failed", "timed out" or "skipped". log: its file, None where nothing ran."""
+    """The outcome of a stage. status: "passed", "failed", "timed out" or "skipped". log: its file, or None."""
 
     name: str
     status: str
@@ -87,7 +87,7 @@ def run_stages(
         if reason is not None:
             outcomes.append(Outcome(stage.name, "skipped", note=reason))
         else:
-            # Ending a stage takes its share of the time too.
+            # Ending a stage takes time, too.
             limit = min(left - GRACE_SECONDS, stage.most)
             outcomes.append(_run(stage, limit, logs / f"{stage.name.replace(' ', '-')}.log", environment, folder))
         report(outcomes)
@@ -127,9 +127,9 @@ def _run(stage: Stage, limit: float, log: Path, environment: Mapping[str, str], 
 def _run_command(
     command: Sequence[str], limit: float, output, environment: Mapping[str, str], folder: Path
 ) -> int | None:
-    """The exit status, or None after the limit, when the program and all it started have been ended."""
+    """Run a program, and return its exit status, or None if it hit the limit and was ended with its children."""
     try:
-        # A session of its own, so that its children end with it.
+        # A separate session, so that its children can be ended with it.
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -154,7 +154,7 @@ def _end(process: subprocess.Popen) -> None:
     if process.poll() is not None:
         return
     for signal_number in (signal.SIGTERM, signal.SIGKILL):
-        # The group lives as long as the process has not been waited for.
+        # The process group exists until the process has been waited for.
         os.killpg(process.pid, signal_number)
         try:
             process.wait(GRACE_SECONDS)

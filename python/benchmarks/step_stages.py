@@ -1,9 +1,10 @@
-"""Where the time of a CPC training step goes: input, encoder, context, loss and optimizer, forward and backward.
+"""Time of the stages of a CPC training step: input, encoder, context, loss and optimizer, forward and backward.
 
-Forward, marks are set when the encoder, the context network and the objective return. Backward, the engine runs the
-nodes in the reverse order of their making, so when the gradient of the contexts is complete the loss is done, and when
-that of the encodings is, the context network is; hooks on these two tensors set the marks. The marks follow each other
-through the whole step, so the stages add up to it. On CUDA a mark is an event in the stream, else the clock's reading.
+In the forward pass, marks are set when the encoder, the context network and the objective return. In the backward pass,
+autograd runs nodes in the reverse order of their creation: when the gradient of the contexts is complete, the loss is
+done, and when that of the encodings is complete, the context network is done. Hooks on these two tensors set the marks.
+Marks cover the whole step without gaps, so that the stages add up to it. On CUDA a mark is an event in the stream,
+otherwise a reading of the clock.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from cpc_ext.models import CPC
 __all__ = ["StageClock"]
 
 STAGES = ("input", "encoder", "context", "loss", "optimizer")
-# The marks of a step in order: each ends a stage's pass. Clearing the gradients belongs to the optimizer.
+# The marks of a step in order; each ends one pass of a stage. Clearing the gradients belongs to the optimizer.
 MARKS = (
     ("optimizer", "update"),
     ("input", "forward"),
@@ -37,7 +38,7 @@ MARKS = (
 class StageClock:
     """Times the stages of training steps of a model.
 
-    model: its encoder, context and objective get forward hooks, which stay.
+    model: its encoder, context and objective get permanent forward hooks.
     """
 
     def __init__(self, model: CPC, device: torch.device) -> None:
@@ -51,7 +52,7 @@ class StageClock:
     def step(
         self, optimizer: torch.optim.Optimizer, make_input: Callable[[], Tensor], loss: Callable[[Tensor], Tensor]
     ) -> None:
-        """One training step, timed."""
+        """Run and time one training step."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self._marks = []
@@ -67,7 +68,7 @@ class StageClock:
         self._steps.append(self._passes())
 
     def medians(self) -> dict[str, dict[str, float]]:
-        """Median seconds of each stage by pass: "forward", "backward", or "update" for the optimizer."""
+        """Return the median seconds of each stage by pass: "forward", "backward", or "update" for the optimizer."""
         return {
             stage: {name: statistics.median(step[stage][name] for step in self._steps) for name in passes}
             for stage, passes in self._steps[0].items()

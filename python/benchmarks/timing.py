@@ -1,7 +1,7 @@
-"""Timing of alternatives against each other: in turn, so that all of them see the same machine, and as medians.
+"""Timing of alternatives in turn, so that all of them run under the same conditions, with medians.
 
 On the CPU a call is timed by the clock. On CUDA it is timed on the device, between two events, while the untimed calls
-before it keep the queue filled: what counts is how fast such calls follow each other, as in a training loop.
+before it keep the queue filled: the result is the rate at which such calls follow each other, as in a training loop.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 __all__ = ["Plan", "Time", "interleaved", "make_plan", "timed"]
 
-# A call that takes this long streams far more memory than a cache holds, so what came before it matters little.
+# A call that takes this long accesses far more memory than a cache holds, so that the calls before it matter little.
 SLOW_SECONDS = 0.1
 FEWEST_REPEATS = 5
 
@@ -30,7 +30,7 @@ class Time:
 
     @classmethod
     def of(cls, seconds: list[float]) -> Time:
-        """The median and quartiles of at least two measurements."""
+        """Compute the median and quartiles of at least two measurements."""
         low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
         return cls(statistics.median(seconds), low, high)
 
@@ -40,7 +40,7 @@ class Time:
 
 @dataclass(frozen=True)
 class Plan:
-    """How often the alternatives of a case are called: timed rounds, rounds before them, and untimed calls of each."""
+    """Numbers of calls of a case's alternatives: timed rounds, rounds before these, and untimed calls of each."""
 
     repeats: int
     warmup: int
@@ -48,7 +48,7 @@ class Plan:
 
 
 def timed(call: Callable[[], object], device: torch.device | str) -> Callable[[], float]:
-    """Start a call that is to be timed; what comes back waits for its end and gives the seconds."""
+    """Start a timed call, and return a function that waits for its end and returns the seconds."""
     if torch.device(device).type != "cuda":
         start = time.perf_counter()
         call()
@@ -69,9 +69,9 @@ def timed(call: Callable[[], object], device: torch.device | str) -> Callable[[]
 def make_plan(
     alternatives: Mapping[str, Callable[[], object]], *, repeats: int, seconds: float, device: torch.device | str
 ) -> Plan:
-    """Call each alternative twice and plan ``repeats`` rounds of all of them, fewer where they would pass ``seconds``.
+    """Call each alternative twice, and plan ``repeats`` rounds of all, or fewer to stay within ``seconds``.
 
-    Calls that take long get one untimed call instead of three, and at least five rounds remain.
+    Slow calls get one untimed call instead of three, and at least five rounds remain.
     """
     pilot = {}
     for name, call in alternatives.items():
@@ -94,8 +94,8 @@ def interleaved(
 ) -> dict[str, Time]:
     """Time every alternative ``repeats`` times, at least twice, one after another in each round.
 
-    Before each timed call come ``untimed`` ones: what the alternative before it left in the caches and the memory
-    allocator is not this one's doing, and the last-level cache of a current server takes three calls to settle.
+    Before each timed call come ``untimed`` ones, since the previous alternative leaves its data in the caches and the
+    memory allocator, and the last-level cache of a current server takes three calls to settle.
     """
     seconds: dict[str, list[float]] = {name: [] for name in alternatives}
     for round_ in range(warmup + repeats):

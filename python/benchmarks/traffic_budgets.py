@@ -1,9 +1,9 @@
-"""How much our CUDA kernels may ask of a GPU's memory: rules for all, and a budget of bytes for each problem.
+"""Limits on our CUDA kernels' memory traffic: rules for all kernels, and a budget of bytes for each problem.
 
-In the places that make up a kernel, requests to device memory take hardly more sectors than their bytes fill, and banks
-of shared memory do not conflict. What breaks a rule today is listed with its reason; an entry that is no longer needed
-is an error too. What the launches of a problem touch together, as a multiple of its arguments and results, may not grow
-beyond traffic_budgets.csv.
+In the places that account for most of a kernel's traffic, requests to device memory must take hardly more sectors than
+their bytes fill, and accesses to shared memory must have no bank conflicts. Known violations are listed with their
+reasons; an entry that is no longer needed is an error, too. The bytes that a problem's launches touch, as a multiple of
+its arguments and results, must not exceed traffic_budgets.csv.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from cuda_counts import Launch, Problem
 __all__ = ["BUDGETS", "FAULTS", "Fault", "Place", "Traced", "check", "excess", "ratio", "read_budgets", "write_budgets"]
 
 BUDGETS = Path(__file__).with_name("traffic_budgets.csv")
-# A place is looked at that makes up this share of what its kernel asks of its memory.
+# Places are checked from this share of their kernel's traffic on.
 MAIN = 0.1
-# By how much sectors may exceed the fewest, and bytes their budget.
+# Factors by which sectors may exceed the minimum, and bytes their budget.
 SECTORS, BYTES = 1.05, 1.1
 
 
 @dataclass(frozen=True)
 class Place:
-    """What one place of a kernel asks for, in the blocks that were run.
+    """The memory requests of one place in a kernel, in the blocks that were run.
 
     place: function, file and line, with its callers. way: read, write, atomic, copied_from, copied_to (both of
     asynchronous copies) or matrix (ldmatrix). space: "global" or "shared". units: sectors of 32 bytes, or wavefronts of
-    shared memory; ideal: how few would do for these bytes.
+    shared memory. ideal: the smallest number of units for these bytes.
     """
 
     place: str
@@ -46,7 +46,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Traced:
-    """A launch: counts of the whole grid, and its places."""
+    """A launch, with counts for the whole grid, and its places."""
 
     launch: Launch
     places: tuple[Place, ...]
@@ -54,9 +54,10 @@ class Traced:
 
 @dataclass(frozen=True)
 class Fault:
-    """A known fault: the rule that kernels (a pattern of names) break today, and why.
+    """A known violation of a rule by kernels.
 
-    rule: "sectors" or "conflicts". place: a part of the place's function and lines; "" for any.
+    rule: "sectors" or "conflicts". kernels: a pattern of names. reason: why they violate it. place: a part of the
+    place's function and lines; "" for any.
     """
 
     rule: str
@@ -84,19 +85,19 @@ FAULTS = (
 
 
 def ratio(places: Sequence[Place], space: str) -> float:
-    """Sectors or wavefronts as a multiple of how few would do."""
+    """Return the sectors or wavefronts relative to their smallest possible number."""
     of_space = [one for one in places if one.space == space]
     return sum(one.units for one in of_space) / max(sum(one.ideal for one in of_space), 1)
 
 
 def excess(problem: Problem) -> float:
-    """Bytes that the launches touch as a multiple of the problem's arguments and results."""
+    """Return the bytes that the launches touch, as a multiple of the problem's arguments and results."""
     touched = sum(launch.unique_read_bytes + launch.unique_written_bytes for launch in problem.launches)
     return touched / max(problem.minimum_bytes, 1)
 
 
 def broken(traced: Traced) -> Iterable[tuple[str, Place]]:
-    """The rules that a launch breaks, and where."""
+    """Yield the rules that a launch breaks, and the places."""
     for space, rule, most in (("global", "sectors", SECTORS), ("shared", "conflicts", 1.0)):
         of_space = [place for place in traced.places if place.space == space]
         total = sum(place.units for place in of_space)
@@ -110,7 +111,7 @@ def check(
     budgets: dict[tuple[str, ...], float],
     faults: Sequence[Fault] = FAULTS,
 ) -> list[str]:
-    """What is wrong, one a line: rules broken for no listed reason, budgets exceeded, faults that are mended."""
+    """Return errors: rules broken without a listed reason, exceeded budgets, and listed faults that no longer occur."""
     wrong: dict[str, None] = {}
     kernels, needed = set(), set()
     for problem, launches in results:
@@ -142,13 +143,13 @@ def _explains(fault: Fault, rule: str, traced: Traced, place: Place) -> bool:
 
 
 def read_budgets() -> dict[tuple[str, ...], float]:
-    """Multiples of a problem's bytes by op, label, dtype and passes."""
+    """Read the budgets, multiples of a problem's bytes, by op, label, dtype and passes."""
     with BUDGETS.open(newline="") as file:
         return {(row[0], row[1], row[2], row[3]): float(row[4]) for row in list(csv.reader(file))[1:]}
 
 
 def write_budgets(results: Iterable[tuple[Problem, Sequence[Traced]]]) -> None:
-    """Make what these problems touch their budgets; those of others stay."""
+    """Set the budgets of these problems to what they touch now; keep the others."""
     budgets = read_budgets() if BUDGETS.exists() else {}
     budgets |= {problem.key: round(excess(problem), 2) for problem, _ in results}
     with BUDGETS.open("w", newline="") as file:

@@ -1,11 +1,11 @@
 """One training step of CPC v1 end to end: our default against the plain formulation, and where our time goes.
 
-The model and batch of CPCV2-PyTorch's STL-10 example, but in grey: ResNet-14 without norm, 64x64 crops, a 7x7 grid of
-16x16 patches, batch 16, 5 steps, 16 negatives, Adam. Plain is what such programs do: float32, NCHW, ``unfold``,
-convolutions with masked weights, gathered negatives. Tuned is the same program in the hands of somebody who knows
-PyTorch: channels-last, bfloat16 where it is native, the fused Adam; it is the fair rival. Ours is what
-``python -m cpc_ext.train`` does on this machine: our ops, and the same three. Prints images a second and peak memory of
-all, and the stages of our step.
+Model and batch are those of CPCV2-PyTorch's STL-10 example, but grey: ResNet-14 without norm, 64x64 crops, a 7x7 grid
+of 16x16 patches, batch 16, 5 steps, 16 negatives, Adam. "plain" is the usual program: float32, NCHW, ``unfold``,
+convolutions with masked weights, gathered negatives. "tuned", the fair rival, is the same program with PyTorch's
+optimisations: channels-last, bfloat16 if it is native, the fused Adam. "ours" is a step of ``python -m cpc_ext.train``
+on this machine: our ops, and the same three optimisations. Prints images per second and peak memory of all, and the
+stages of our step.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ IMAGES, IMAGE_SIDE, CROP, PATCH, STRIDE = 500, 96, 64, 16, 8
 
 
 class OurInput:
-    """Batches as training takes them: random windows, flipped at random, of uint8 images held on the device.
+    """Makes training batches: random windows, flipped at random, of uint8 images held on the device.
 
-    The same calls as those of ``cpc_ext.data.ImageFetcher`` and ``PatchView.random``, written out here because that
-    package imports libraries for reading files that a bare machine with a GPU lacks. A test compares the two.
+    It makes the same calls as ``cpc_ext.data.ImageFetcher`` and ``PatchView.random``, which it does not use because
+    their package imports libraries for reading files that a bare machine with a GPU lacks. A test compares the two.
     """
 
     def __init__(self, pixels: Tensor, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
@@ -51,7 +51,7 @@ class OurInput:
         self._generator = generator
 
     def __call__(self, indices: Tensor) -> Tensor:
-        """Patches [B, 7, 7, 1, 16, 16] of the images at ``indices`` [B]."""
+        """Return patches [B, 7, 7, 1, 16, 16] of the images at ``indices`` [B]."""
         batch, slack = len(indices), IMAGE_SIDE - CROP
         shifts = [torch.randint(slack + 1, (batch,), generator=self._generator) for _ in range(2)]
         flip = torch.rand(batch, generator=self._generator) < 0.5
@@ -76,7 +76,7 @@ class OurInput:
 
 
 def native_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device has instructions for it, as training chooses by itself."""
+    """Return bfloat16 if the device has instructions for it, as training does by default, else float32."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -93,7 +93,7 @@ def make_model(device: torch.device, channels_last: bool) -> CPC:
 
 @contextmanager
 def plain_ops() -> Iterator[None]:
-    """The same layers on plain PyTorch formulas instead of our ops."""
+    """Within the block, replace our ops in layers by plain PyTorch formulas."""
 
     def patched(module: str, name: str, formula: object) -> AbstractContextManager[object]:
         return patch.object(sys.modules[f"cpc_ext.nn.{module}"], name, formula)
@@ -114,7 +114,7 @@ def plain_ops() -> Iterator[None]:
 def _gathered_contrast(
     layer: GridInfoNCE, contexts: Tensor, keys: Tensor, targets: Tensor, negatives: Tensor, sizes: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of a grid as programs have it: each step gathers its keys and is a cross-entropy."""
+    """Compute the loss of a grid in plain PyTorch: each step gathers its keys, and is a cross-entropy."""
     losses, rights = [], []
     for direction in range(layer.pred_directions):
         steps = zip(sizes, targets[direction].split(sizes), negatives[direction].split(sizes), strict=True)
@@ -131,7 +131,7 @@ def _gathered_contrast(
 def _shifted(
     layer: ShiftedConv2d, inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, added: Tensor | None
 ) -> Tensor:
-    """A shifted convolution as PixelCNN++'s programs do it: padding above and beside, and the taps there are."""
+    """Compute a shifted convolution as PixelCNN++'s programs do: pad above and at the sides, and convolve."""
     (input,) = inputs
     (top, left), (_, right) = layer.taps[0], layer.taps[-1]
     output = F.conv2d(F.pad(input, (-left, right, -top, 0)), weight, bias, stride=layer.stride)
@@ -139,7 +139,7 @@ def _shifted(
 
 
 def plain_patches(images: Tensor) -> Tensor:
-    """uint8 [B, 3, 64, 64] → grey, normalised patches [B, 7, 7, 1, 16, 16]."""
+    """Convert uint8 [B, 3, 64, 64] to grey, normalised patches [B, 7, 7, 1, 16, 16]."""
     floating = images.float() / 255
     gray = 0.299 * floating[:, 0] + 0.587 * floating[:, 1] + 0.114 * floating[:, 2]
     gray = ((gray - GRAY_MEAN) / GRAY_STD).unsqueeze(1)
@@ -217,7 +217,7 @@ def main(arguments: argparse.Namespace) -> None:
     )
     peaks = {}
     for (name, call), optimizer in zip(steps.items(), (plain_optimizer, tuned_optimizer, our_optimizer), strict=True):
-        optimizer.zero_grad(set_to_none=True)  # What a step starts from: weights and the optimizer's state.
+        optimizer.zero_grad(set_to_none=True)  # A step starts with weights and the optimizer's state only.
         peaks[name] = peak_extra_bytes(call, device)
 
     clock = StageClock(ours, device)

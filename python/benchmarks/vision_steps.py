@@ -1,9 +1,9 @@
 """Training steps on images at equal settings: each model with our ops, and with PyTorch's formulas in their place.
 
-CPC v1 and Greedy InfoMax with three modules (ResNet-14 without norm, 7x7 grey patches of 16x16, 16 negatives), SimCLR
-(ResNet-18 with batch norm, CIFAR's stem, two views of 32x32), PixelCNN++ (96 and 48 channels, two blocks, 32x32 in
-colour): forward, backward, and the fused Adam. Both sides have the same weights, channels-last tensors
-and type; the formulas are in ``training.plain_ops``. Prints seconds a step.
+The models are CPC v1 and Greedy InfoMax with three modules (ResNet-14 without norm, 7x7 grey patches of 16x16, 16
+negatives), SimCLR (ResNet-18 with batch norm, CIFAR's stem, two views of 32x32), PixelCNN++ (96 and 48 channels, two
+blocks, 32x32 in colour). A step is forward, backward, and the fused Adam. Both sides have the same weights, dtype and
+channels-last tensors; the formulas are in ``training.plain_ops``. Prints seconds per step.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cpc_ext.models import GreedyInfoMax, PixelCNNPP, ResNetV2Encoder, SimCLR
 
 
 class Case(NamedTuple):
-    """A model, the batch size of a step, and the shape of its input for a batch."""
+    """A model, the batch size of a step, and the shape of its input for a given batch size."""
 
     model: Callable[[], nn.Module]
     batch_size: int
@@ -66,7 +66,7 @@ def step_of(model: nn.Module, inputs: Tensor, *, dtype: torch.dtype, plain: bool
             torch.autocast(inputs.device.type, dtype=dtype, enabled=dtype != torch.float32),
         ):
             if isinstance(model, GreedyInfoMax):
-                for output in model.outputs(inputs):  # A module's activations go before the next one runs.
+                for output in model.outputs(inputs):  # A module's activations are freed before the next one runs.
                     output.loss.backward()
             elif isinstance(model, PixelCNNPP):
                 model.nats(inputs).mean().backward()

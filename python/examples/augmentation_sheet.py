@@ -2,7 +2,7 @@
 
     python python/examples/augmentation_sheet.py --out sheet.png [--images FOLDER]
 
-The patches are images of a folder, cropped to squares and resized, or the middles of drawn textures.
+The patches are images of a folder, cropped to squares and resized, or the middles of generated textures.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from cpc_ext.data import AugmentationPlan, PatchAugmentation, make_textures
 from cpc_ext.data.spread import spread
 from cpc_ext.ops import Transform, augment_patches
 
-# Rows of whole draws, and patches in each.
+# Rows with all of CPC v2's augmentation, and patches in each.
 DRAWS, COLUMNS = 3, 7
-# A row a transform: the parameters of its patches after the plain one; () are drawn. Without any, plain and transformed
-# patches take turns.
+# One row for each transform, with the parameters of the patches that follow the plain one; () means that they are drawn
+# at random. In a row without parameters, plain and transformed patches alternate.
 ROWS: list[tuple[Transform, str, list[tuple[float, ...]]]] = [
     (Transform.SHEAR_X, "shear x", [(v,) for v in (-0.3, -0.2, -0.1, 0.1, 0.2, 0.3)]),
     (Transform.SHEAR_Y, "shear y", [(v,) for v in (-0.3, -0.2, -0.1, 0.1, 0.2, 0.3)]),
@@ -62,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def make_patches(folder: Path | None, count: int, side: int, seed: int) -> Tensor:
-    """uint8 [count, 3, side, side]; SystemExit where the folder has too few images."""
+    """Return uint8 patches [count, 3, side, side]. Raises SystemExit if the folder has too few images."""
     if folder is None:
         size = max(side, 96)
         start = (size - side) // 2
@@ -79,7 +79,7 @@ def make_patches(folder: Path | None, count: int, side: int, seed: int) -> Tenso
 def row_plan(
     transform: Transform, parameters: list[tuple[float, ...]], side: int, generator: torch.Generator
 ) -> tuple[AugmentationPlan, list[str]]:
-    """A plan of one image's patches, [1, 1, 1 + M]: the plain one, then one for each of the parameters."""
+    """Return a plan of one image's patches, [1, 1, 1 + M], a plain one and one for each parameter, and captions."""
     drawn = {
         Transform.ELASTIC: {"elastic_probability": 1, "elastic_shear": (0, 0)},
         Transform.TONE_CURVE: {"histogram_probability": 1},
@@ -93,7 +93,7 @@ def row_plan(
     else:
         codes = torch.full((1, 1, count, 1), int(transform), dtype=torch.uint8)
         values = torch.zeros(1, 1, count, 1, 3)
-        # Shares of the side are pixels to the op.
+        # The op takes pixels in place of shares of the side.
         unit = side if transform in (Transform.TRANSLATE_X, Transform.TRANSLATE_Y, Transform.CUTOUT) else 1
         for column, given in enumerate(parameters):
             values[0, 0, column + 1, 0, : len(given)] = (torch.tensor(given) * unit).float()
@@ -104,7 +104,7 @@ def row_plan(
 
 
 def pairs_plan(transform: Transform) -> AugmentationPlan:
-    """[1, 1, 6]: every second patch is transformed."""
+    """Return a plan [1, 1, 6] that transforms every second patch."""
     codes = torch.tensor([Transform.NONE, transform] * 3, dtype=torch.uint8).view(1, 1, 6, 1)
     return AugmentationPlan(codes, torch.zeros(1, 1, 6, 1, 3))
 
@@ -135,10 +135,10 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def drawn(patches: Tensor, partner: Tensor, plan: AugmentationPlan) -> np.ndarray:
-    """[M, 3, p, p] in 0..1: patches [M, 3, p, p] after a plan [1, 1, M]. Its partners are patch M: the partner."""
+    """Apply a plan [1, 1, M] to patches [M, 3, p, p], with results in 0..1. Index M in its partners is ``partner``."""
     count, _, side, _ = patches.shape
     images = torch.stack([torch.cat([*patches], dim=2), partner.repeat(1, 1, count)])
-    # The second image, of partners, stays as it is.
+    # The second image, which consists of partners, is not transformed.
     codes, parameters = (torch.cat([values, torch.zeros_like(values)]) for values in plan[:2])
     partners, displacements = (None if values is None else torch.cat([values, values]) for values in plan[2:4])
     both = AugmentationPlan(codes, parameters, partners, displacements, plan.fill)

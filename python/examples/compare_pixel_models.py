@@ -1,9 +1,9 @@
 """PixelCNN, gated PixelCNN and PixelCNN++ at equal parameters: bits per dimension over steps and over time.
 
-Trains the three by `python -m cpc_ext.train`, one after the other on the same images, and writes comparison.json,
-comparison.md and comparison.png. Widths are chosen so that all have about as many parameters; depths are the presets'
-of the data set, learning rate and average of the weights the same for all. Stopped by Ctrl-C, it goes on where it was
-when it is started again.
+Trains all three with `python -m cpc_ext.train`, one after another on the same images, and writes comparison.json,
+comparison.md and comparison.png. Widths are chosen so that all have about the same number of parameters. Depths are
+those of the data set's presets; learning rate and weight averaging are the same for all. After Ctrl-C, the same command
+continues where it stopped.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from cpc_ext.training.run_log import read_metrics
 MODELS = {"pixelcnn": PixelCNN, "gated-pixelcnn": GatedPixelCNN, "pixelcnn++": PixelCNNPP}
 # Colour-blind safe.
 COLORS = {"pixelcnn": "#0072b2", "gated-pixelcnn": "#d55e00", "pixelcnn++": "#009e73"}
-# Looks at held-out images in a run of a given number of steps.
+# Evaluations of held-out images in a run of a given number of steps.
 LOOKS = 10
-# Steps between them for each minute that it is given.
+# Steps between evaluations for each minute of a run of a given time.
 LOOK_EVERY = 8
-# Steps without end, for runs that are given a time.
+# A number of steps that is never reached, for runs of a given time.
 ENDLESS = 10**9
 POLL_SECONDS = 1.0
 
 
 class ComparisonError(Exception):
-    """A comparison that cannot be made, for a reason that can be told in a sentence."""
+    """A comparison cannot be made; the message is one sentence."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -81,8 +81,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def width_for(model: str, layers: int, parameters: int) -> tuple[int, int]:
-    """The width whose number of parameters is nearest to the wanted one, and that number."""
-    step = 1 if model == "pixelcnn++" else 3  # The colours divide it.
+    """Return the width whose number of parameters is nearest to the wanted one, and that number."""
+    step = 1 if model == "pixelcnn++" else 3  # The width must be a multiple of the three colours.
 
     def count(width: int) -> int:
         arguments = {"in_channels": 3, "channels": width, "layers": layers}
@@ -102,13 +102,13 @@ def width_for(model: str, layers: int, parameters: int) -> tuple[int, int]:
 
 
 def options_of(model: str, arguments: argparse.Namespace) -> tuple[list[str], dict[str, int]]:
-    """The training program's options for a model, and what of them the table shows."""
+    """Return the training program's options for a model, and the sizes that the table shows."""
     dataset = "textures" if arguments.data_dir is None else "folder"
     layers = preset(model, dataset).pixelcnn.layers
     width, parameters = width_for(model, layers, arguments.parameters)
     options = ["--model", model, "--dataset", dataset, "--layers", str(layers), "--hidden-channels", str(width)]
     options += ["--lr", str(arguments.lr), "--warmup-steps", str(arguments.warmup_steps)]
-    # In the first steps the average forgets faster.
+    # In the first steps the average has a smaller decay.
     options += ["--ema-decay", "0.999", "--batch-size", str(arguments.batch_size), "--seed", str(arguments.seed)]
     if model == "pixelcnn++":
         options += ["--dropout", "0"]  # Models so small underfit.
@@ -125,7 +125,7 @@ def options_of(model: str, arguments: argparse.Namespace) -> tuple[list[str], di
 
 
 def check_same(run: RunDir, options: list[str]) -> None:
-    """ComparisonError where the folder's run was started with other options than these."""
+    """Raise ComparisonError if the folder's run was started with other options than these."""
     if not run.config.is_file():
         return
     config, given = load_config(run.config), dict(zip(options[::2], options[1::2], strict=True))
@@ -171,7 +171,7 @@ def run_program(arguments: list[str], *, until: Callable[[], bool] | None = None
 
 
 def train(model: str, options: list[str], run: RunDir, arguments: argparse.Namespace) -> None:
-    """Train a model to its last step, going on with what there is of its run."""
+    """Train a model to its last step, continuing its run if there is one."""
     out = ["--out-dir", str(run.path)]
     if arguments.steps is not None:
         if run.summary.is_file() and json.loads(run.summary.read_text())["steps"] == arguments.steps:
@@ -191,7 +191,7 @@ def train(model: str, options: list[str], run: RunDir, arguments: argparse.Names
         status = run_program([*start, *length], until=lambda: trained_seconds(run) >= 60 * arguments.minutes)
         if status != 128 + signal.SIGINT:
             demand(model, status)
-    # To have been asked for as many steps as it has made lets it finish.
+    # Resuming with as many steps as are done makes the run finish and write its summary.
     steps = last_checkpoint_step(run)
     demand(model, run_program([*out, "--resume", "--steps", str(steps)]))
 
@@ -204,7 +204,7 @@ def demand(model: str, status: int) -> None:
 
 
 def trained_seconds(run: RunDir) -> float:
-    """Time spent in steps, as far as it is logged."""
+    """Return the seconds spent in steps, according to the log."""
     return max((record["seconds"] for record in read_metrics(run.metrics) if "seconds" in record), default=0.0)
 
 
@@ -216,9 +216,9 @@ def last_checkpoint_step(run: RunDir) -> int:
 
 
 def curves(run: RunDir) -> dict[str, dict[str, list[float]]]:
-    """Bits per dimension of the images trained on, and of held-out images where the run looked at them.
+    """Return the curves of bits per dimension on training images and, as evaluated during the run, held-out images.
 
-    Each as steps, seconds of training and bits.
+    Each curve has steps, seconds of training and bits.
     """
     records = read_metrics(run.metrics)
     logged = [record for record in records if "seconds" in record]
@@ -246,7 +246,7 @@ def result_of(model: str, shape: dict[str, int], run: RunDir) -> dict[str, Any]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The results as Markdown."""
+    """Format the results as a Markdown table."""
     lines = [
         "| model | layers | width | parameters | steps | minutes | images/s | bits/dim | training images |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",

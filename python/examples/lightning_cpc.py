@@ -2,7 +2,7 @@
 
     python python/examples/lightning_cpc.py [--version 2] [--steps 300]
 
-The model is that of loop_cpc.py. Copy both, and put data of yours in place of the drawn ones. It needs
+The model is that of loop_cpc.py. Copy both files, and replace the generated data by yours. This needs
 `pip install lightning`.
 """
 
@@ -22,7 +22,7 @@ from cpc_ext.models import CPC
 
 
 class LitCPC(lightning.LightningModule):
-    """From uint8 images [B, C, H, W] to the loss of predicting encodings of patches further down."""
+    """Trains CPC on uint8 images [B, C, H, W], by predicting encodings of patches further down."""
 
     def __init__(self, model: CPC, view: PatchView, lr: float = 1e-3) -> None:
         super().__init__()

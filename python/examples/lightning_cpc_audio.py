@@ -2,7 +2,7 @@
 
     python python/examples/lightning_cpc_audio.py [--steps 300]
 
-The model is that of loop_cpc_audio.py. Copy both, and put data of yours in place of the drawn ones. It needs
+The model is that of loop_cpc_audio.py. Copy both files, and replace the generated data by yours. This needs
 `pip install lightning`.
 """
 
@@ -34,7 +34,7 @@ class Windows(IterableDataset[Tensor]):
 
 
 class LitCPCAudio(lightning.LightningModule):
-    """From windows of speech, int16 [B, 1, T], to the loss of predicting the next frames."""
+    """Trains CPC on windows of speech, int16 [B, 1, T], by predicting the next frames."""
 
     def __init__(self, model: CPC, lr: float = 1e-3) -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 
     python python/examples/lightning_greedy_infomax.py [--steps 300]
 
-The model is that of loop_greedy_infomax.py. Copy both, and put data of yours in place of the drawn ones. It needs
+The model is that of loop_greedy_infomax.py. Copy both files, and replace the generated data by yours. This needs
 `pip install lightning`.
 """
 
@@ -22,7 +22,7 @@ from cpc_ext.models import GreedyInfoMax
 
 
 class LitGreedyInfoMax(lightning.LightningModule):
-    """From uint8 images [B, C, H, W] to a loss a module, back-propagated one after another."""
+    """Trains Greedy InfoMax on uint8 images [B, C, H, W]; back-propagates one module's loss after another."""
 
     def __init__(self, model: GreedyInfoMax, view: PatchView, lr: float = 1e-3) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class LitGreedyInfoMax(lightning.LightningModule):
     def training_step(self, batch: list[Tensor], index: int) -> None:
         optimizer = self.optimizers()
         optimizer.zero_grad()
-        # A module runs when its output is asked for: only one has its activations in memory at a time.
+        # A module runs when its output is requested, so that only one has its activations in memory at a time.
         for number, output in enumerate(self.model.outputs(self.view.random(batch[0]))):
             self.manual_backward(output.loss)
             self.log(f"loss_module_{number}", output.loss, prog_bar=True)

@@ -2,7 +2,7 @@
 
     python python/examples/lightning_pixelcnn.py [--model pixelcnn++] [--steps 300]
 
-The model is that of loop_pixelcnn.py. Copy both, and put data of yours in place of the drawn ones. It needs
+The model is that of loop_pixelcnn.py. Copy both files, and replace the generated data by yours. This needs
 `pip install lightning`.
 """
 
@@ -22,7 +22,7 @@ from cpc_ext.models import PixelCNNPP
 
 
 class LitPixelCNN(lightning.LightningModule):
-    """From uint8 images [B, C, H, W] to bits per dimension."""
+    """Trains a PixelCNN on uint8 images [B, C, H, W], by their bits per dimension."""
 
     def __init__(self, model: torch.nn.Module, lr: float = 2e-3) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> LitPixelCNN:
         parser.error("--images: fewer than a batch")
     module = LitPixelCNN(MODELS[options.model]())
     if isinstance(module.model, PixelCNNPP):
-        # It starts from what its layers make of some images.
+        # Data-dependent initialization of its scales and biases.
         module.model.initialize(images[: options.batch_size])
     trainer = lightning.Trainer(max_steps=options.steps, precision=options.precision, log_every_n_steps=20)
     trainer.fit(module, loader)

@@ -2,7 +2,7 @@
 
     python python/examples/lightning_simclr.py [--model moco | supcon] [--steps 300]
 
-The models are those of loop_simclr.py. Copy both, and put data of yours in place of the drawn ones. It needs
+The models are those of loop_simclr.py. Copy both files, and replace the generated data by yours. This needs
 `pip install lightning`.
 """
 
@@ -23,7 +23,7 @@ from cpc_ext.models import MoCo, SimCLR, SupCon
 
 
 class LitSimCLR(lightning.LightningModule):
-    """From uint8 images [B, C, H, W] and their classes [B] to the loss of two views of each."""
+    """Trains a model on two views of uint8 images [B, C, H, W], with classes [B] for SupCon."""
 
     def __init__(self, model: SimCLR | MoCo | SupCon, view: SimCLRView, lr: float = 1e-3) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class LitSimCLR(lightning.LightningModule):
 
     def on_train_batch_end(self, *batch: Any) -> None:
         if isinstance(self.model, MoCo):
-            self.model.follow()  # The networks of its keys, after every update of the weights.
+            self.model.follow()  # Updates the key networks after every update of the weights.
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), self.lr, weight_decay=1e-4)

@@ -2,7 +2,7 @@
 
     python python/examples/loop_cpc.py [--version 2] [--steps 300] [--out encoder.pt]
 
-To copy: put images of yours, uint8 [C, H, W] and all of one size, in place of the drawn textures.
+To use it, replace the generated textures by your images, uint8 [C, H, W] and all of one size.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ SMALL = {"blocks": (1, 1, 1), "channels": (32, 64, 128), "stem_channels": 32, "s
 
 
 def make_model(version: int) -> tuple[CPC, PatchView]:
-    """The model, and how images become what it sees."""
+    """Return the model, and the view that turns images into its input."""
     if version == 1:
         encoder = ResNetV2Encoder(**SMALL, in_channels=1, norm="layer")
         model = CPC(encoder, GatedPixelCNNContext(encoder.out_channels), pred_steps=3, neg_samples="all")
-        # Grey patches of their own mean and contrast: what they share is structure.
+        # Grey patches, each normalised by its own mean and contrast, share only structure.
         return model, PatchView(16, 8, crop=56, gray=True, patch_norm=True)
     encoder = ResNetV2Encoder(**SMALL, in_channels=3, norm="layer")
     directions = 4
@@ -36,7 +36,7 @@ def make_model(version: int) -> tuple[CPC, PatchView]:
         [ResidualContext(encoder.out_channels, blocks=2) for _ in range(directions)],
         TargetInfoNCE(encoder.out_channels, pred_steps=3, pred_directions=directions),
     )
-    # Every patch is changed by itself, so that its colours tell nothing of its neighbours'.
+    # Every patch is augmented independently, so that its colours do not reveal its neighbours'.
     return model, PatchView(16, 8, crop=56, mean=(0.5,) * 3, std=(0.2,) * 3, augmentation=PatchAugmentation())
 
 

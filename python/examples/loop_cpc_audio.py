@@ -2,7 +2,7 @@
 
     python python/examples/loop_cpc_audio.py [--steps 300] [--out model.pt]
 
-To copy: put recordings of yours, a WaveformSet of int16 samples at 16 kHz, in place of the drawn voices.
+To use it, replace the generated voices by your recordings, a WaveformSet of int16 samples at 16 kHz.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cpc_ext.data.audio.drawn.voices import make_voices
 from cpc_ext.models import CPC, RecurrentContext, WaveformEncoder
 from cpc_ext.nn import SequenceInfoNCE
 
-# Samples of a window: 1.28 seconds.
+# Samples in a window: 1.28 seconds.
 WINDOW = 20480
 
 

@@ -2,7 +2,7 @@
 
     python python/examples/loop_greedy_infomax.py [--steps 300] [--out encoder.pt]
 
-To copy: put images of yours, uint8 [C, H, W] and all of one size, in place of the drawn textures.
+To use it, replace the generated textures by your images, uint8 [C, H, W] and all of one size.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SMALL = {"blocks": (1, 1, 1), "channels": (32, 64, 128), "stem_channels": 32, "s
 
 
 def make_model() -> tuple[GreedyInfoMax, PatchView]:
-    """The model, and how images become what it sees."""
+    """Return the model, and the view that turns images into its input."""
     encoder = ResNetV2Encoder(**SMALL, in_channels=1, norm="layer")
     model = GreedyInfoMax(encoder, 3, pred_steps=3, neg_samples=16)
     return model, PatchView(16, 8, crop=56, gray=True, patch_norm=True)
@@ -52,11 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> list[list[float]]:
         for (batch,) in loader:
             optimizer.zero_grad()
             found = []
-            # A module runs when its output is asked for: only one has its activations in memory at a time.
+            # A module runs when its output is requested, so that only one has its activations in memory at a time.
             for output in model.outputs(view.random(batch.to(device))):
                 output.loss.backward()
                 found.append(output.loss.item())
-            # Adam does not care whose gradients are whose: as if each module had an optimizer of its own.
+            # Adam updates every parameter independently, so that one optimizer equals one for each module.
             optimizer.step()
             losses.append(found)
             if len(losses) % 20 == 0 or len(losses) == options.steps:

@@ -2,7 +2,7 @@
 
     python python/examples/loop_pixelcnn.py [--model pixelcnn++] [--steps 300] [--samples samples.png]
 
-To copy: put images of yours, uint8 [C, H, W] and all of one size, in place of the drawn textures.
+To use it, replace the generated textures by your images, uint8 [C, H, W] and all of one size.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
         parser.error("--images: fewer than a batch")
     model = MODELS[options.model]().to(device)
     if isinstance(model, PixelCNNPP):
-        # It starts from what its layers make of some images.
+        # Data-dependent initialization of its scales and biases.
         model.initialize(images[: options.batch_size].to(device))
     optimizer = torch.optim.Adam(model.parameters(), options.lr)
 

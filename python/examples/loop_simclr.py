@@ -2,7 +2,7 @@
 
     python python/examples/loop_simclr.py [--model moco | supcon] [--steps 300] [--out encoder.pt]
 
-To copy: put images of yours, uint8 [C, H, W] and all of one size, in place of the drawn textures.
+To use it, replace the generated textures by your images, uint8 [C, H, W] and all of one size.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ MODELS = ("simclr", "moco", "supcon")
 
 
 def make_model(name: str = "simclr") -> tuple[SimCLR | MoCo | SupCon, SimCLRView]:
-    """The model, and how an image becomes a view."""
+    """Return the model, and the view that makes its input of images."""
     encoder = ResNetV2Encoder(**SMALL, in_channels=3, norm="batch")
     model: SimCLR | MoCo | SupCon
-    if name == "moco":  # Keys of the last 16 batches of 64, from networks that follow within some hundred steps.
+    if name == "moco":  # The queue holds 16 batches of 64; key networks follow within some hundred steps.
         model = MoCo(encoder, projection_channels=128, temperature=0.2, queue_size=1024, momentum=0.99)
     elif name == "supcon":
         model = SupCon(encoder, projection_channels=128, temperature=0.2)
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
             output.loss.backward()
             optimizer.step()
             if isinstance(model, MoCo):
-                model.follow()  # The networks of its keys, after every update of the weights.
+                model.follow()  # Updates the key networks after every update of the weights.
             losses.append(output.loss.item())
             if len(losses) % 20 == 0 or len(losses) == options.steps:
                 print(f"step {len(losses)}: loss {losses[-1]:.3f}, accuracy {output.accuracy.item():.1%}")

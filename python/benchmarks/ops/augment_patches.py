@@ -1,9 +1,10 @@
 """augment_patches against a loop over patches in Pillow, as CPC v2's augmentation is run today, and its own reference.
 
-Two transforms of AutoAugment's list a patch, or all of CPC v2's augmentation, of uint8 colour images to normalised
-patches; drawing the plan is not part of it. "eager" is the reference, batches of patches in plain PyTorch. Pillow's
-loop, which ends at normalised patches too, takes one core, and so does "ours, one core": their ratio is that of a core.
-The bytes are those of images, plan and patches, each read or written once, and the ceiling is a copy of the patches.
+Turns uint8 colour images into normalised patches, with two transforms of AutoAugment's list for each patch, or with all
+of CPC v2's augmentation; drawing the plan is not included. "eager" is the reference, on batches of patches in plain
+PyTorch. Pillow's loop, which returns normalised patches, too, takes one core, and so does "ours, one core", so that
+their ratio is that of one core. The bytes are those of images, plan and patches, each read or written once, and the
+ceiling is a copy of the patches.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class AugmentCase(Case):
 
 
 def smooth_images(batch: int, side: int) -> Tensor:
-    """uint8 [batch, 3, side, side] with neighbours alike, as in photographs."""
+    """Return random uint8 [batch, 3, side, side] whose neighbouring pixels are similar, as in photographs."""
     coarse = torch.rand(batch, 3, side // 4 + 1, side // 4 + 1)
     fine = torch.nn.functional.interpolate(coarse, (side, side), mode="bicubic")
     return ((fine + 0.05 * torch.randn_like(fine)).clamp(0, 1) * 255).to(torch.uint8)
@@ -81,7 +82,7 @@ def prepare(case: AugmentCase, device: torch.device) -> Problem:
         return augment_patches_reference(images, options, plan)
 
     def pillow() -> None:
-        # Not compared: where one transform is a level off, the next may be more. The tests compare each.
+        # Not compared, since a difference of one level after a transform may grow with the next. Tests compare each.
         pillow_patches(host_images, host_plan, case.patch, case.stride, dtype)
 
     alternatives = {"eager": reference, "ours": ours}
@@ -140,7 +141,7 @@ PILLOW = {
 
 
 def pillow_patches(images: Tensor, plan: AugmentationPlan, patch: int, stride: int, dtype: torch.dtype) -> Tensor:
-    """[B, rows, cols, 3, p, p]: what a data set's transform does, a picture and then a patch at a time."""
+    """Return patches [B, rows, cols, 3, p, p], made image by image and patch by patch, like a data set's transform."""
     batch, rows, cols, _ = plan.codes.shape
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]

@@ -1,8 +1,8 @@
-"""conv2d against PyTorch's convolution, alone and as a residual block has it: ReLU in front, a residual added behind.
+"""conv2d against PyTorch's convolution, alone and as in a residual block: after a ReLU, and with a residual added.
 
-The floating-point operations are those of all taps,
-with those that fall on the padding, which ours leaves out where whole tiles see nothing else. Backward is the gradient
-in input, weight and bias, twice the forward work. There is no kernel for CUDA.
+The floating-point operations are those of all taps, including taps on the padding, which ours skips for tiles that see
+only padding. Backward computes the gradients of input, weight and bias, twice the forward work. There is no kernel for
+CUDA.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """extract_patches against scaling, normalising and unfolding: colour images to normalised overlapping patches.
 
-Forward cases take uint8 images, as training does, or images that are normalised already, of the patches' type; forward
-and backward ones take float32 images. The bytes are those of the images and patches (and of their gradients), each read
-or written once, and the ceiling is a copy of the patches.
-Of uint8 images the rate is that of the kernel writing into existing memory: fresh pages can cost more than writing.
+Forward cases take uint8 images, as training does, or normalised images of the patches' type; forward and backward cases
+take float32 images. The bytes are those of the images and patches (and of their gradients), each read or written once,
+and the ceiling is a copy of the patches. For uint8 images the rate is that of the kernel writing into existing memory,
+as fresh pages can cost more than writing.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from cpc_ext.ops._patch_options import scale_and_shift
 
 MEAN, STD = (0.4313, 0.4156, 0.3663), (0.2683, 0.2610, 0.2687)
 
-# Its tiles add 2 * i to an index where i is meant, past the end of the buffer; the process dies of a corrupt heap.
+# The compiled code's tiles add 2 * i to an index in place of i, beyond the buffer, which corrupts the heap.
 UNSAFE_UNFOLD_BACKWARD = "torch.compile's multi-threaded CPU code for unfold's backward writes out of bounds (2.13.0)"
 
 
 def plain_patches(images: Tensor, patch: int, stride: int, dtype: torch.dtype) -> Tensor:
-    """What one writes without us: scale and normalise the batch, unfold, make the patches contiguous."""
+    """Extract patches in plain PyTorch: scale and normalise the batch, unfold, make the patches contiguous."""
     mean = torch.tensor(MEAN, device=images.device).view(1, 3, 1, 1)
     std = torch.tensor(STD, device=images.device).view(1, 3, 1, 1)
     scaled = images.float() / 255 if images.dtype == torch.uint8 else images
@@ -45,7 +45,7 @@ class PatchCase(Case):
     side: int
     patch: int
     stride: int
-    normalised: bool = False  # Already, and of the patches' type.
+    normalised: bool = False  # Images are normalised, and have the patches' type.
 
     @property
     def label(self) -> str:

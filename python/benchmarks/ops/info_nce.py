@@ -1,12 +1,12 @@
 """info_nce against cross-entropy over a matrix of scores, and against gathered negatives.
 
-With all keys as negatives the work is the floating-point operations of the score matrix, and twice as many for the
-gradients; ``info_nce_growth`` has them over numbers of rows and features. With sampled negatives it is the bytes of
-queries, keys and indices (and of the gradients), each read or written once, although a formulation that gathers reads a
-key many times. Ours also gives the accuracy.
+With all keys as negatives, the work is the floating-point operations of the score matrix, and twice as many for the
+gradients; ``info_nce_growth`` measures this for many numbers of rows and features. With sampled negatives, the work is
+the bytes of queries, keys and indices (and of the gradients), each read or written once, although a formulation that
+gathers reads a key many times. Ours also returns the accuracy.
 
-Sampled negatives have a rival that copies no keys: it multiplies all queries with all keys and takes the scores that it
-needs.
+With sampled negatives there is a rival that copies no keys: it multiplies all queries by all keys, and gathers the
+scores that it needs.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ GRID, DIM, STEPS, SKIP, NEGATIVES = 7, 256, 5, 1, 16
 
 
 def plain_all(queries: Tensor, keys: Tensor) -> Tensor:
-    """What one writes without us: the positives are on the diagonal of the score matrix."""
+    """Compute the loss in plain PyTorch: the positives are on the diagonal of the score matrix."""
     return F.cross_entropy((queries @ keys.T).float(), torch.arange(len(queries), device=queries.device))
 
 
 def plain_sampled(queries: Tensor, keys: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:
-    """What one writes without us: gather the positive and the negatives of each query and multiply."""
+    """Compute the loss in plain PyTorch: gather the positive and the negatives of each query and multiply."""
     contrasted = keys[torch.cat([targets.unsqueeze(1), negatives], dim=1)]
     scores = (contrasted @ queries.unsqueeze(2)).squeeze(2).float()
     return F.cross_entropy(scores, torch.zeros_like(targets))
 
 
 def plain_scores(queries: Tensor, keys: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:
-    """The same from the matrix of all scores, of which a few are taken."""
+    """Compute the same loss from the matrix of all scores, of which a few are gathered."""
     scores = (queries @ keys.T).gather(1, torch.cat([targets.unsqueeze(1), negatives], dim=1)).float()
     return F.cross_entropy(scores, torch.zeros_like(targets))
 
 
 @dataclass(frozen=True)
 class AllCase(Case):
-    """As many queries as keys, every key contrasted."""
+    """As many queries as keys, with every key in each query's contrast."""
 
     rows: int
     dim: int = DIM
@@ -60,7 +60,7 @@ class AllCase(Case):
 
 @dataclass(frozen=True)
 class SampledCase(Case):
-    """Queries with sampled negatives among keys that they share."""
+    """Queries with negatives sampled from shared keys."""
 
     queries: int
     keys: int
@@ -93,7 +93,7 @@ def prepare_all(case: AllCase, device: torch.device) -> Problem:
 
 
 def prepare_growth(case: AllCase, device: torch.device) -> Problem:
-    """The same without compiling anything: what counts is where eager is faster."""
+    """Prepare the same problem without the compiled alternative, as the question is where eager is faster."""
     problem = prepare_all(case, device)
     alternatives = {name: problem.alternatives[name] for name in ("eager", "ours")}
     return replace(problem, alternatives=alternatives, tolerance=5e-2)
@@ -123,25 +123,25 @@ def prepare_sampled(case: SampledCase, device: torch.device) -> Problem:
             "ours": lambda: run(ours),
         },
         forward_bytes + backward_bytes,
-        # Eager adds up a key's gradient in the keys' own type.
+        # Eager accumulates a key's gradient in the keys' own type.
         tolerance=2e-2 if case.dtype == "float32" else 5e-2,
     )
 
 
 def _encodings(case: Case, queries: int, keys: int, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Queries and keys whose scores have unit variance."""
+    """Return random queries and keys whose scores have unit variance."""
     dtype = getattr(torch, case.dtype)
     scaled = torch.randn(queries, dim, device=device) * dim**-0.5
     pair = scaled.to(dtype), torch.randn(keys, dim, device=device).to(dtype)
     return tuple(tensor.requires_grad_(case.backward) for tensor in pair)
 
 
-# Images of a batch.
+# Images in a batch.
 BATCHES, QUICK_BATCH = (4, 16, 64, 256), 16
 
 
 def _all_cases() -> list[Case]:
-    """The queries of the first predicted row on of a batch, against all of its encodings there; and larger problems."""
+    """Return cases of a batch's first CPC step, against all encodings of the predicted rows, and larger problems."""
 
     def rows(batch: int) -> int:
         return (GRID - SKIP - 1) * GRID * batch
@@ -159,7 +159,7 @@ def _all_cases() -> list[Case]:
 
 
 def _sampled_cases() -> list[Case]:
-    """The queries of all steps of a batch against its encodings; and a larger problem."""
+    """Return cases of all CPC steps of a batch, against its encodings; and a larger problem."""
 
     def sizes(batch: int) -> tuple[int, int]:
         queries = sum(GRID - SKIP - step for step in range(1, STEPS + 1)) * GRID * batch
@@ -173,7 +173,7 @@ def _sampled_cases() -> list[Case]:
 
 
 def _growth_cases() -> list[Case]:
-    """From batches for which the call is what counts to matrices of scores that leave the caches."""
+    """Return cases from small batches, dominated by the call's overhead, to score matrices larger than the caches."""
     return [
         AllCase(rows, dim, dtype=dtype, backward=True, sweep=dim == 128, quick=(rows, dim) == (256, 128))
         for dtype in ("float32", "bfloat16")

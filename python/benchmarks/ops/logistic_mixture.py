@@ -1,7 +1,7 @@
 """logistic_mixture_nll against the likelihood written out in PyTorch, in both memory formats.
 
-The bytes are those of the images, of the parameters, once a pass, and of their gradient; a formulation that leaves
-intermediate results in memory moves many times as much.
+The bytes are those of the images, of the parameters, once for each pass, and of their gradient. A formulation that
+leaves intermediate results in memory moves many times as much.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cpc_ext.ops import logistic_mixture_nll
 
 
 def plain_likelihood(images: Tensor, params: Tensor) -> Tensor:
-    """What one writes without us: every colour under every component, and all three ways to count a value's mass."""
+    """Compute the likelihood in plain PyTorch, with all three forms of a value's mass for each colour and component."""
     batch, channels, height, width = images.shape
     x = images.float().permute(0, 2, 3, 1) / 127.5 - 1
     params = params.permute(0, 2, 3, 1).float()

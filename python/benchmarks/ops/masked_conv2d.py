@@ -1,10 +1,10 @@
 """masked_conv2d against the convolution with a masked weight, in both memory formats. Ours gives channels-last results.
 
-"eager, visible rows" is by whoever knows that rows below the centre are hidden: it keeps only the others, as programs
-of PixelCNN++ do, and convolves the image padded at its top with a kernel of fewer rows, channels-last.
+"eager, visible rows" makes use of the fact that rows below the centre are hidden: it keeps only the other rows, as
+programs of PixelCNN++ do, and convolves the image, padded at its top, with a kernel of fewer rows, channels-last.
 
-The floating-point operations are those of the visible taps alone, with those that fall on the padding; a formulation
-that multiplies hidden taps by zero does more. Backward is the gradient in input, weight and bias, twice the forward
+The floating-point operations are those of the visible taps alone, including taps on the padding; a formulation that
+multiplies hidden taps by zero does more. Backward computes the gradients of input, weight and bias, twice the forward
 work.
 """
 
@@ -22,12 +22,12 @@ from cpc_ext.ops import masked_conv2d
 
 
 def plain_convolution(input: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
-    """What one writes without us: the masked weight in an ordinary convolution."""
+    """Convolve in plain PyTorch, with the masked weight in an ordinary convolution."""
     return F.conv2d(input, weight * mask, bias, padding=weight.shape[-1] // 2)
 
 
 def convolve_visible_rows(input: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
-    """The same with a weight [O, C, visible rows, k], and without a mask where that hides none of its taps."""
+    """Compute the same with a weight [O, C, visible rows, k]. mask: None if it hides none of these taps."""
     padded = F.pad(input, (0, 0, weight.shape[2] - 1, 0))
     return F.conv2d(padded, weight if mask is None else weight * mask, bias, padding=(0, weight.shape[-1] // 2))
 
@@ -61,7 +61,7 @@ def prepare(case: ConvCase, device: torch.device) -> Problem:
     shape = case.out_channels, case.in_channels, case.kernel, case.kernel
     weight = torch.randn(shape, device=device, dtype=dtype) * fan_in**-0.5
     bias = torch.randn(case.out_channels, device=device, dtype=dtype)
-    plain_mask = mask.to(dtype)  # as a buffer that programs keep in the weight's dtype
+    plain_mask = mask.to(dtype)  # Programs keep it as a buffer of the weight's dtype.
     grad = torch.randn(case.batch, case.out_channels, case.side, case.side, device=device, dtype=dtype)
     contiguous = [tensor.requires_grad_(case.backward) for tensor in (input, weight, bias)]
     channels_last = [*map(_to_channels_last, contiguous[:2]), bias]

@@ -1,11 +1,11 @@
-"""predict_and_contrast against the losses of two programs for speech as they write them, and against a call a step.
+"""predict_and_contrast against the losses of two programs for speech as they write them, and against one call per step.
 
-The work is the floating-point operations of the predictions, and twice as many for their gradients; those of the
-contrasts, 2 * (S + 1) / E times as many, come on top. Eager gathers as the programs do: Greedy InfoMax every position
-that its permutations name, though a step uses the last columns of them; CPC_audio its negatives once, to which every
-step joins its positives.
+The work is the floating-point operations of the predictions, and twice as many for their gradients. Those of the
+contrasts, 2 * (S + 1) / E times as many, are not included. Eager gathers as the programs do: Greedy InfoMax gathers
+every position in its permutations, although a step uses only their last columns; CPC_audio gathers its negatives once,
+and every step concatenates its positives.
 
-The fair rival predicts a step after the other and contrasts it by ``info_nce``.
+The fair rival predicts one step after another, and contrasts each with ``info_nce``.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ BY_STEP = "info_nce step by step"
 
 @dataclass(frozen=True)
 class SpeechCase(Case):
-    """A batch of sequences of encodings, and places of each from which the following ones are predicted.
+    """A batch of sequences of encodings, with positions in each from which the following encodings are predicted.
 
-    permuted: negatives as Greedy InfoMax takes them, of permutations of all encodings, and a window of places in which
-        steps end; else drawn for every place and the same in all steps, as CPC_audio does.
+    permuted: negatives are taken from permutations of all encodings, with a window of positions in which steps end, as
+        in Greedy InfoMax; else they are drawn for every position, and are the same in all steps, as in CPC_audio.
     """
 
     length: int
@@ -88,7 +88,7 @@ def prepare(case: SpeechCase, device: torch.device) -> Problem:
 
 
 def _greedy(targets: Tensor, permutations: Tensor) -> Callable[..., Tensor]:
-    """Greedy InfoMax's loss, in which a step takes the last columns of what every permutation gathers."""
+    """Return Greedy InfoMax's loss, in which a step uses the last columns of each permutation's gathered encodings."""
 
     def loss(contexts: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
         drawn = keys[permutations]
@@ -105,7 +105,7 @@ def _greedy(targets: Tensor, permutations: Tensor) -> Callable[..., Tensor]:
 
 
 def _joined(targets: Tensor, negatives: Tensor) -> Callable[..., Tensor]:
-    """CPC_audio's loss, in which each step joins its positives to the negatives that all share."""
+    """Return CPC_audio's loss, in which each step concatenates its positives with the negatives shared by all steps."""
 
     def loss(contexts: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
         drawn = keys[negatives]
@@ -120,7 +120,7 @@ def _joined(targets: Tensor, negatives: Tensor) -> Callable[..., Tensor]:
 
 
 def _step_by_step(targets: Tensor, negatives: Tensor) -> Callable[..., Tensor]:
-    """What somebody writes who has ``info_nce``: a call a step, which gives the keys a gradient each."""
+    """Return the loss with one call of ``info_nce`` for each step, each of which computes a gradient of the keys."""
     every = negatives if negatives.ndim == 4 else negatives.expand(STEPS, -1, -1, -1)
 
     def loss(contexts: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def _step_by_step(targets: Tensor, negatives: Tensor) -> Callable[..., Tensor]:
     return loss
 
 
-# The lengths of Greedy InfoMax's modules, of which a window of 128 places predicts.
+# The sequence lengths of Greedy InfoMax's modules, of which a window of 128 positions predicts.
 LENGTHS = (4095, 1023, 512, 257, 128)
 CASES = (
     *(c for n in LENGTHS for c in both_passes(SpeechCase, n, 128, 512, 10, True, sweep=True, quick=n == 128)),

@@ -1,8 +1,8 @@
-"""The shifted convolutions of PixelCNN++ as the rectangles they are against the visible part of a masked convolution.
+"""PixelCNN++'s shifted convolutions, as rectangular kernels in PyTorch, and as visible taps of a masked convolution.
 
-A 2x3 kernel that ends at the output's row, or a 2x2 one that ends at its column as well, on features laid out with
-their channels innermost. Eager pads the image on those sides only and convolves; "cut" pads both sides alike, which
-needs no copy, and cuts the result. Backward is the gradient in input and weight.
+The kernel is 2x3 and ends at the output's row, or 2x2 and ends at its column as well, on channels-last features. Eager
+pads the image on the other sides only and convolves; "cut" pads both sides alike, which needs no copy, and crops the
+result. Backward computes the gradients of input and weight.
 """
 
 from __future__ import annotations
