@@ -1,4 +1,4 @@
-"""What all tests share: the devices that kernels are tested on, real and emulated."""
+"""Fixtures of all tests: the devices on which kernels are tested, real and emulated."""
 
 import importlib.util
 import os
@@ -35,10 +35,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)  # After -k has chosen.
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With ``--sweep-step`` leaves choices of parameters out, the same ones in every run.
+    """Skip combinations of parameters according to ``--sweep-step``, the same ones in every run.
 
-    A step that divides none of the numbers of choices gives each value its turn. Sweeps of up to sixteen choices, such
-    as those of sizes at the edges of blocks, run whole. Devices are swept one by one.
+    If the step divides none of the numbers of values, every value still occurs. Sweeps of up to sixteen combinations,
+    such as those of sizes at the edges of blocks, run completely. Each device has a sweep of its own.
     """
     step = config.getoption("--sweep-step")
     sweeps: dict[tuple, list[pytest.Item]] = {}
@@ -57,7 +57,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def built(name: str, *options: str) -> Path:
-    """The folder with the CUDA kernels built for the host, by options of CMakeLists.txt."""
+    """Build the CUDA kernels for the host, with options of CMakeLists.txt, and return the folder."""
     search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     cmake, ninja = (shutil.which(name, path=search) for name in ("cmake", "ninja"))
     if not (cmake and ninja and importlib.util.find_spec("pybind11") and shutil.which("c++")):
@@ -80,7 +80,7 @@ def built(name: str, *options: str) -> Path:
 
 
 def module_in(folder: Path, name: str):
-    """The compiled module in a folder. pybind11 keeps one for each name, so none may be used twice."""
+    """Load the compiled module in a folder. pybind11 keeps one module for each name, so no name may be used twice."""
     (path,) = folder.glob("_C.*.so")
     spec = importlib.util.spec_from_file_location(f"{name}._C", path)
     module = importlib.util.module_from_spec(spec)
@@ -89,7 +89,7 @@ def module_in(folder: Path, name: str):
 
 
 def use_emulation(module, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the ops call a module's CUDA kernels with tensors of the CPU, once `module.emulate_cuda(True)` says so."""
+    """Make the ops call a module's CUDA kernels with CPU tensors, after `module.emulate_cuda(True)`."""
     for info in pkgutil.iter_modules(cpc_ext.ops.__path__, "cpc_ext.ops."):
         op = importlib.import_module(info.name)
         if hasattr(op, "native"):
@@ -103,7 +103,7 @@ def emulation() -> Path:
 
 @pytest.fixture(scope="session")
 def emulated_native(request: pytest.FixtureRequest):
-    """A compiled module whose CUDA kernels take tensors of the CPU."""
+    """A compiled module whose CUDA kernels take CPU tensors."""
     if hasattr(native, "emulate_cuda"):  # CPC_EXT_NATIVE names one already.
         return native
     return module_in(request.getfixturevalue("emulation"), "emulation")
@@ -111,7 +111,7 @@ def emulated_native(request: pytest.FixtureRequest):
 
 @pytest.fixture(scope="session")
 def trace() -> Path:
-    """Built so that observers are told what kernels do to memory: csrc/core/cuda/emulation/trace.h."""
+    """A build in which observers see the kernels' memory accesses: csrc/core/cuda/emulation/trace.h."""
     return built("trace", "-DCPC_EXT_TRACE=ON")
 
 
@@ -129,8 +129,8 @@ def traced_native(request: pytest.FixtureRequest):
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     """Every device with kernels; a test that takes this runs once on each.
 
-    Emulated, tensors are the CPU's while the ops call the CUDA kernels: see csrc/core/cuda/emulation. Convolutions of
-    float32 are not rounded to TF32, which PyTorch allows them by default.
+    On the emulated device tensors are on the CPU, and the ops call the CUDA kernels: see csrc/core/cuda/emulation.
+    Convolutions of float32 are not rounded to TF32, which PyTorch allows by default.
     """
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     if request.param != "emulated":

@@ -1,4 +1,4 @@
-"""The build: which nvcc it takes, what it says of one that does not serve, and where it puts what it compiles."""
+"""The build: its choice of nvcc, the messages about an unusable one, and the folders of compiled files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NVCC = '#!/bin/sh\necho "$0 $@" >> {log}\ncase "$1" in\n--version) {version} ;;\
 
 
 def nvcc(folder: Path, release: str = "12.9", *, version: str | None = None, compile: str = "true") -> Path:
-    """An nvcc in ``folder``/bin that answers ``--version`` and compiles as told, and logs how it is called."""
+    """Make a stub of nvcc in ``folder``/bin, with the given version and behaviour, which logs its calls."""
     path = folder / "bin" / "nvcc"
     path.parent.mkdir(parents=True)
     answer = version or f'echo "Cuda compilation tools, release {release}, V{release}.1"'
@@ -34,7 +34,7 @@ def nvcc(folder: Path, release: str = "12.9", *, version: str | None = None, com
 
 @pytest.fixture
 def find(tmp_path):
-    """Runs find_nvcc of csrc/nvcc.cmake in one cmake, once for each setting of variables; gives what that says."""
+    """A function that runs find_nvcc of csrc/nvcc.cmake for each setting of variables, and returns its output."""
 
     def run(*settings: dict[str, str], path: Path | None = None, seconds: int = 60) -> list[str]:
         lines = [f"include({REPOSITORY}/csrc/nvcc.cmake)", f"set(CPC_EXT_NVCC_SECONDS {seconds})"]
@@ -152,7 +152,7 @@ def test_one_that_does_not_work_stops_and_says_how_to_go_on(find, tmp_path, faul
 
 
 def configure(folder: Path, *definitions: str, **environment: str) -> str:
-    """What configuring the whole project says."""
+    """Configure the whole project, and return the status and the output."""
     ninja = shutil.which("ninja", path=SEARCH)
     pybind11 = importlib.util.find_spec("pybind11")
     if ninja is None or pybind11 is None:
@@ -188,7 +188,7 @@ def test_an_old_nvcc_is_a_notice_and_an_error_where_cuda_was_asked_for(tmp_path)
 
 @pytest.fixture
 def backend(tmp_path, monkeypatch):
-    """build_backend of a source tree in tmp_path, with a scikit-build-core that gives the settings back."""
+    """The build_backend of a source tree in tmp_path, with a stub of scikit-build-core that returns the settings."""
     shutil.copy(REPOSITORY / "build_backend.py", tmp_path)
     package, build = tmp_path / "scikit_build_core", tmp_path / "scikit_build_core" / "build.py"
     package.mkdir()

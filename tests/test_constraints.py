@@ -1,4 +1,4 @@
-"""constraints.txt: its versions go together, as far as what is installed here tells."""
+"""constraints.txt: its versions are compatible, according to the installed packages."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def pins() -> dict[str, str]:
 
 
 def ours() -> set[str]:
-    """The packages that pyproject.toml asks for, those of the extras among them."""
+    """Return the packages that pyproject.toml requires, including those of extras."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     asked = chain(project["dependencies"], *project["optional-dependencies"].values())
     return {canonicalize_name(Requirement(each).name) for each in asked}
 
 
 def needs(names: set[str]) -> Iterator[tuple[str, Requirement]]:
-    """What installed packages, and those that they need, ask for, with the names of who asks."""
+    """Return the requirements of installed packages and their dependencies, with the names of the packages."""
     seen: set[str] = set()
     waiting = [*names]
     while waiting:

@@ -1,4 +1,4 @@
-"""The compiled module: how it is found, what crosses into it, what it refuses."""
+"""The compiled module: how it is found, accepted tensors, and refused ones."""
 
 import ctypes
 import os

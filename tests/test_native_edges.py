@@ -1,7 +1,7 @@
-"""Every function of the compiled module, called directly at its edges.
+"""Every function of the compiled module, called directly with extreme arguments.
 
-Nothing in a dimension, memory that is gone or shared, sizes that no memory has: a result or a clear error, on the CPU
-and on emulated CUDA; never a crash.
+Empty dimensions, freed or shared memory, and sizes larger than any memory must give a result or a clear error, never a
+crash, on the CPU and on emulated CUDA.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def indices(*shape: int) -> Tensor:
 
 
 def filled(tensor: Tensor) -> Tensor:
-    """What a call that writes nothing would leave behind."""
+    """Fill a result, so that it shows if a call writes nothing."""
     return tensor.fill_(7)
 
 
@@ -148,7 +148,7 @@ def reduce(m, *, batch=2, rows=3):
 
 
 def predict(_, *, rows=3, channels=2, steps=2, dim=3, keys=4, samples=None, shared=False):
-    """The CPU's alone has such a function."""
+    """Call predict_and_contrast, which only the CPU has."""
     contexts, weights, key_tensor = (
         torch.zeros(rows, channels),
         torch.zeros(steps, dim, channels),

@@ -1,4 +1,4 @@
-"""The option --sweep-step: it leaves choices out of long sweeps of parameters, of each device the same ones."""
+"""The option --sweep-step skips combinations in long sweeps of parameters, the same ones on each device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.conftest import pytest_collection_modifyitems
 
 
 class Item:
-    """What the option asks of a test."""
+    """The attributes of a test that the option reads."""
 
     path = "path"
 

@@ -1,4 +1,4 @@
-"""The benchmark programs import each other from their own folder, as Python does for a program."""
+"""Puts the benchmarks' folder on the import path, as Python does for a program that is run from it."""
 
 import sys
 from pathlib import Path

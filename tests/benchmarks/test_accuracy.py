@@ -1,4 +1,4 @@
-"""The race of methods: small runs of it, what is not run again, what is told of them."""
+"""The race of methods (accuracy.py): small runs, which runs are skipped, and how results are reported."""
 
 from __future__ import annotations
 

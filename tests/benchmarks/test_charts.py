@@ -1,4 +1,4 @@
-"""The charts of the ops, by the files that are drawn."""
+"""The charts of ops: which files are drawn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The predicted times: against published figures of other people's kernels, and what the model is made of."""
+"""Predicted times against published figures of other kernels, and the parts of the model."""
 
 import fnmatch
 import importlib
@@ -37,9 +37,9 @@ A100, H100, RTX_4090 = MACHINES["A100"], MACHINES["H100"], MACHINES["RTX 4090"]
 def product_of_ampere(n):
     """n x n x n in bfloat16 as ampere_bf16_s16816gemm_128x256_stages_64x3: 8 warps of 64 x 64, steps of 64 in depth.
 
-    For 16 of depth a warp multiplies 4 x 8 tiles of 16 x 8 x 16, and loads 4 + 4 times four matrices of 8 x 8 (16 by 16
-    values), each in 4 passes, for the next 16 while it multiplies these. A block copies (128 + 256) * 64 values a step,
-    in 16 bytes: 12 a thread.
+    For a depth of 16, a warp multiplies 4 x 8 tiles of 16 x 8 x 16. Meanwhile it loads the operands of the next 16:
+    4 + 4 times four matrices of 8 x 8 (16 by 16 values), each in 4 passes. A block copies (128 + 256) * 64 values in
+    each step, 16 bytes at a time: 12 copies for each thread.
     """
     blocks, steps = (n // 128) * (n // 256), n // 64
     warps = 8 * blocks * steps * 4  # And 16s of depth.
@@ -126,7 +126,7 @@ def flash_attention_2(length, batch, heads, dim):
 
 
 def copy(size):
-    """16 bytes a thread."""
+    """A copy kernel with 16 bytes for each thread."""
     blocks = size // 16 // 256
     launch = Launch(
         kernel="copy",

@@ -1,4 +1,4 @@
-"""The predicted time of drawing a pixel: what it grows with, and the bar that the kernel was written for."""
+"""The predicted time of drawing a pixel: how it scales, and the target that the kernel was written for."""
 
 from cuda_machines import H100
 from cuda_sampling import BARRIER, predict

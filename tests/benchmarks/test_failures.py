@@ -1,4 +1,4 @@
-"""The gallery of failures: each is a run that can be made, beside one that differs from it in what goes wrong."""
+"""The gallery of failures: each is a valid run, paired with one that differs only in the cause of the failure."""
 
 from __future__ import annotations
 

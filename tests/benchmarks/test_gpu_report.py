@@ -1,4 +1,4 @@
-"""The report of a machine with a GPU, as far as one without can tell."""
+"""The GPU report, as far as it can be tested without a GPU."""
 
 import os
 import subprocess

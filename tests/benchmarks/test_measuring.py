@@ -152,7 +152,7 @@ def test_numbers_that_nothing_can_be_measured_with(program, options, least, monk
 
 
 def refused(program, options, monkeypatch, capsys):
-    """What a program says of arguments that it does not take."""
+    """Return a program's error message for arguments that it refuses."""
     monkeypatch.setattr(sys, "argv", [f"{program}.py", *options.split()])
     module = importlib.import_module(program)
     with pytest.raises(SystemExit) as ended:

@@ -1,4 +1,4 @@
-"""The rivals of training steps compute what ours compute, or what the plain ones among them do."""
+"""The rivals of training steps compute the same results as ours, or as the plain rival."""
 
 import pytest
 import torch

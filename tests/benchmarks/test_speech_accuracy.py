@@ -1,4 +1,4 @@
-"""The race of models of speech: the options that they train with, and what is told of them."""
+"""The race of speech models (speech_accuracy.py): their training options, and how results are reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running stages within a time, with programs that stand for builds, tests and benchmarks."""
+"""Running stages within a time limit, with small programs in place of builds, tests and benchmarks."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Fetching archives from a server on this machine that breaks off, ignores ranges, lies, or serves hostile archives."""
+"""Downloads from a local server that breaks connections, ignores ranges, lies, or serves hostile archives."""
 
 import hashlib
 import http.server
@@ -31,7 +31,7 @@ def tar_gz(*members: tuple[str, bytes]) -> bytes:
 
 @dataclass
 class Site:
-    """What the server serves and how, and the ranges it was asked for."""
+    """The content and behaviour of the server, and the ranges that were requested."""
 
     payload: bytes = b""
     break_after: list[int] = field(default_factory=list)
@@ -113,7 +113,7 @@ def site(monkeypatch):
 
 
 def visible(root) -> list[str]:
-    """What lies in root, but for lock files."""
+    """Return the entries of root, except lock files."""
     return sorted(path.name for path in root.iterdir() if path.suffix != ".lock")
 
 

@@ -1,4 +1,4 @@
-"""What pages say was measured, beside the committed files of what was measured."""
+"""Measured numbers on pages agree with the committed result files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def text(page: str) -> str:
 
 
 def table_rows(page: str) -> list[list[str]]:
-    """The cells of every line of a page's tables, without bold."""
+    """Return the cells of every row of a page's tables, without bold markup."""
     lines = (line for line in text(page).splitlines() if line.startswith("|"))
     return [[cell.strip() for cell in line.replace("**", "").strip("|").split("|")] for line in lines]
 
@@ -51,7 +51,7 @@ def test_what_was_learned_in_minutes_of_a_core():
 
 
 def rate_of(run: dict[str, Any]) -> float:
-    """Images a second: of processor time, where other work beside the run made the clock's another."""
+    """Return a run's images per second, by CPU time if it is recorded, since other programs slow down the clock's."""
     if "processor_seconds" not in run:
         return run["images_per_second"]
     return run["steps"] * run["config"]["optimization"]["batch_size"] / run["processor_seconds"]

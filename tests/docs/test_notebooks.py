@@ -19,7 +19,7 @@ FIGURES = {"textures": 4, "scikit_learn": 1}
 
 @pytest.fixture
 def executed(tmp_path, monkeypatch):
-    """executed(path) → what the cells print, and how many figures they draw."""
+    """A function: executed(path) runs a notebook, and returns the output of its cells and the number of figures."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

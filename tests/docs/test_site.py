@@ -1,4 +1,4 @@
-"""What docs/conf.py makes of docstrings for the site."""
+"""Conversion of docstrings for the site by docs/conf.py."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Every block of code in README and the other pages, as it stands there.
+"""Every code block in README and the other pages works unchanged.
 
-The Python of a page runs from top to bottom in one namespace, in a folder with what the page assumes. Commands are
-given to the argument parser of their program, so that an option that is not, or no longer, there is found; those of the
-way from a folder of images to features are carried out.
+A page's Python runs from top to bottom in one namespace, in a folder with the files that the page assumes. Commands are
+given to their program's argument parser, which finds options that do not exist or no longer exist; the commands from a
+folder of images to features are executed.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 
 
 def commands_of(block: Block) -> Iterator[tuple[int, str]]:
-    """The commands of a block of shell, a line each, those that go on in the next line as one; with their lines."""
+    """Return the commands of a shell block with their line numbers; continued lines are joined to one command."""
     number = block.line
     for command in re.split(r"(?<!\\)\n", block.text):
         yield number, command.replace("\\\n", " ").strip()
@@ -110,7 +110,7 @@ def commands_of(block: Block) -> Iterator[tuple[int, str]]:
 
 
 def codes_of(page: str) -> Iterator[tuple[int, str]]:
-    """What stands between backticks in a page's sentences, with the lines where it begins."""
+    """Return the texts between backticks in a page's sentences, with their line numbers."""
     text = (ROOT / page).read_text(encoding="utf-8")
     text = re.sub(r"^ *```.*?^ *```", lambda block: "\n" * block[0].count("\n"), text, flags=re.MULTILINE | re.DOTALL)
     for match in re.finditer(r"`([^`]+)`", text):
@@ -159,7 +159,7 @@ def add_photos(folder: Path, side: int = 40) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """Holds photos, and RUN, which is what the first command of docs/training.md makes of them in a few steps."""
+    """A folder with photos, and with RUN, the result of docs/training.md's first command on them after a few steps."""
     folder = tmp_path_factory.mktemp("trained")
     add_photos(folder / "photos")
     command = next(command.values[1] for command in COMMANDS if command.values[0] == "docs/training.md")
@@ -172,7 +172,7 @@ def trained(tmp_path_factory) -> Path:
 
 
 def run(command: str) -> int:
-    """The exit status of one of our programs, run in this process."""
+    """Run one of our programs in this process, and return its exit status."""
     interpreter, flag, module, *arguments = shlex.split(command, comments=True)
     assert (interpreter, flag) == ("python", "-m")
     return entry.main([module.removeprefix("cpc_ext."), *arguments])
@@ -194,7 +194,7 @@ def test_from_images_to_features(trained, monkeypatch):
 
 
 def run_python(page: str) -> dict[str, Any]:
-    """What the page's Python leaves in its namespace. Tracebacks name the page's lines."""
+    """Run a page's Python, and return its namespace. Tracebacks name the page's lines."""
     namespace: dict[str, Any] = {"__name__": page}
     smaller, used = SMALLER.get(page, []), set()
     for block in BLOCKS:
@@ -236,7 +236,7 @@ EXPECTED = {
 
 
 class Parsed(BaseException):
-    """Raised once a program's options are found to be right."""
+    """Raised when a program has accepted its options."""
 
 
 @pytest.fixture
@@ -259,7 +259,7 @@ def try_program(monkeypatch) -> Callable[[str, list[str]], None]:
 
 
 def parts_of(command: str) -> Iterator[list[str]]:
-    """The words of each command of a line, without settings of variables and what becomes of the output."""
+    """Return the words of each command in a line, without variable assignments and redirections."""
     part: list[str] = []
     for word in [*shlex.split(command, comments=True), "&&"]:
         if word == "&&":
@@ -270,7 +270,7 @@ def parts_of(command: str) -> Iterator[list[str]]:
 
 
 def try_cpc_ext(name: str, arguments: list[str]) -> None:
-    """One of the package's programs: its parser, and its check of what goes together."""
+    """Check a command of the package's programs with its parser, and its check of combinations of options."""
     if name == "train":
         parse_train(arguments)
         return
@@ -284,7 +284,7 @@ def try_cpc_ext(name: str, arguments: list[str]) -> None:
 
 
 def try_pytest(arguments: list[str], config: pytest.Config) -> None:
-    """Its options, those of its plug-ins among them, and that the tests are there."""
+    """Check pytest's options, including those of plug-ins, and that the tests exist."""
     given, unknown = config._parser.parse_known_and_unknown_args(arguments, argparse.Namespace())
     assert not unknown
     missing = [path for path in given.file_or_dir if not (ROOT / path).exists()]
@@ -292,7 +292,7 @@ def try_pytest(arguments: list[str], config: pytest.Config) -> None:
 
 
 def try_pip(arguments: list[str]) -> None:
-    """Its options, and that our extras and files exist."""
+    """Check pip's options, and that our extras and files exist."""
     commands = pytest.importorskip("pip._internal.commands", reason="pip is not installed")
     options, requirements = commands.create_command(arguments[0]).parse_args(arguments[1:])
     missing = [path for path in options.constraints if not (ROOT / path).is_file()]
@@ -304,7 +304,7 @@ def try_pip(arguments: list[str]) -> None:
 
 
 def try_cmake(arguments: list[str]) -> None:
-    """That the variables it sets are its own or of our files."""
+    """Check that variables in a cmake command are CMake's own or those of our files."""
     ours = "".join(path.read_text() for path in (ROOT / "CMakeLists.txt", ROOT / "csrc" / "CMakeLists.txt"))
     settings = [setting[1] for argument in arguments if (setting := re.fullmatch(r"-D(\w+)=.*", argument))]
     missing = [
@@ -314,7 +314,7 @@ def try_cmake(arguments: list[str]) -> None:
 
 
 def try_sphinx(arguments: list[str]) -> None:
-    """Its options, and that the pages are there."""
+    """Check sphinx-build's options, and that the pages exist."""
     parser = pytest.importorskip("sphinx.cmd.build", reason="needs cpc_ext[docs]").get_parser()
     missing = [path for path in [parser.parse_args(arguments).sourcedir] if not (ROOT / path / "conf.py").is_file()]
     assert not missing
@@ -322,7 +322,7 @@ def try_sphinx(arguments: list[str]) -> None:
 
 @pytest.fixture
 def try_words(try_program, request) -> Callable[[list[str]], None]:
-    """try_words(words of a command): fails where its program does not know them."""
+    """A function: try_words(words) fails if the program of a command does not accept its words."""
 
     def tried(words: list[str]) -> None:
         program, *arguments = words
@@ -364,7 +364,7 @@ LIBRARIES = {"pip": try_pip, "cmake": try_cmake, "sphinx-build": try_sphinx}
 
 
 def add_runs(place: Path, page: str) -> None:
-    """The folders of runs that the page's commands name, as they are before the first step."""
+    """Add the folders of runs that the page's commands name, in their state before the first step."""
     for name in ("RUN", "RUN1", "RUN2", "R0"):
         model, dataset = RUNS.get(page, {}).get(name, ("cpc-v1", "textures"))
         (place / name).mkdir()

@@ -1,3 +1,3 @@
-"""Tests of evaluations have the runs of tests/training."""
+"""Makes the fixtures of tests/training available to tests of evaluations."""
 
 from tests.training.conftest import *  # noqa: F403 - fixtures

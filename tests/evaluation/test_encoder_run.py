@@ -1,4 +1,4 @@
-"""Runs as they are opened again: where they compute, what their images were like; and encodings that are kept."""
+"""Opening a run for evaluation: its device and its images; and cached encodings."""
 
 from __future__ import annotations
 

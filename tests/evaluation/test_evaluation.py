@@ -1,4 +1,4 @@
-"""`python -m cpc_ext.evaluate`: subsets of labels, what learns from them, what is kept, what is refused."""
+"""`python -m cpc_ext.evaluate`: label subsets, the methods that learn from them, kept results, refused arguments."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def run(runs, tmp_path, monkeypatch, tiny_dataset):
 
 @pytest.fixture
 def empty_figures(monkeypatch):
-    """Figures with nothing in them, where it is not they that are tested: drawing is most of an evaluation's work."""
+    """Replace figures by empty ones, since drawing takes most of an evaluation's time."""
     for name in ("confusion", "label_efficiency"):
         monkeypatch.setattr(figures, name, lambda *arguments: Figure((1, 1)))
 

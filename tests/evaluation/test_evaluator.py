@@ -1,4 +1,4 @@
-"""The evaluator on its own, on a run of which little is real: what is computed from what, recorded and drawn."""
+"""The evaluator by itself, on a stub of a run: the inputs of each computation, records and figures."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ SETTINGS = {"cpc_ext": cpc_ext.__version__, "weights": DIGEST, "seed": 3, "preci
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What is drawn, by the file, instead of drawing it."""
+    """Record the arguments of each figure by its file, in place of drawing it."""
     found: dict[str, Any] = {}
     monkeypatch.setattr(evaluator, "_save_figure", lambda path, figure: found.update({str(path): figure}))
     monkeypatch.setattr(evaluator.figures, "label_efficiency", lambda *arguments: arguments)
@@ -88,7 +88,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 @pytest.fixture
 def measure(tmp_path: Path, drawn: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
-    """measure(*runs, options of the command) → what is then in the first one's evaluation.json."""
+    """A function: measure(*runs, options of the command) returns the content of the first run's evaluation.json."""
 
     def run(*runs: Run, **options: Any) -> dict[str, Any]:
         given = {each.dir.path: each for each in runs or [Run(tmp_path / "run")]}
@@ -103,7 +103,7 @@ def measure(tmp_path: Path, drawn: dict[str, Any], monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Every call of what judges: its name and what it is given. All scores are equal."""
+    """Record every call of a judge, its name and arguments. All scores are equal."""
     found: list[tuple[Any, ...]] = []
 
     def judge(*given: Any, **options: Any) -> Tensor:
@@ -121,7 +121,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 @pytest.fixture
 def bars(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Every bar of progress: how far it goes, and what is said beside it."""
+    """Record every progress bar: its length, description and unit."""
     found: list[tuple[Any, ...]] = []
 
     def tqdm(steps: range, *, desc: str, unit: str, **style: bool) -> range:
@@ -134,7 +134,7 @@ def bars(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 
 def ranked(labels: np.ndarray, places: Sequence[int], classes: int) -> Tensor:
-    """Scores by which the true class of an image comes at this place, from 0, and the others in order."""
+    """Return scores that rank each image's true class at its place, counted from 0, and the others in order."""
     scores = torch.empty(len(labels), classes)
     for row, label, place in zip(scores, labels.tolist(), places, strict=True):
         order = [other for other in range(classes) if other != label]

@@ -1,4 +1,4 @@
-"""Fine-tuning on its own: which images are seen how often, where features and classifier start, what an update does."""
+"""Fine-tuning by itself: how often each image is seen, the initial features and classifier, and the updates."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Scaled(nn.Module):
 
 
 class Eyes:
-    """Stands for a task; remembers the images that it was shown with a generator of crops and without."""
+    """Stub of a task that records the images it encodes, separately with and without a generator for crops."""
 
     def __init__(self) -> None:
         self.trained: list[list[int]] = []
@@ -54,7 +54,7 @@ class Eyes:
 
 
 class Whole(Eyes):
-    """Stands for a task whose encoder is the model itself."""
+    """Stub of a task whose encoder is the model itself."""
 
     def encode(self, model, images, generator=None):
         return model(images.float())
@@ -71,7 +71,7 @@ TEST = ImageSet(pixels([3, 33, 200]))
 def tune(
     task, model, *, chosen=None, steps=None, epochs=1, least=1, encoder_lr=0.1, head_lr=0.1, precision="fp32", seed=0
 ):
-    """``steps``: how many of the updates are made; all by default."""
+    """Fine-tune a task. steps: number of updates to make; all by default."""
     return fine_tune(
         task,
         model,

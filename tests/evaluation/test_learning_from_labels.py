@@ -1,4 +1,4 @@
-"""What evaluation counts, which labels it draws, and each setting of fine-tuning: right values, one by one."""
+"""Learning from labels in evaluation: accuracies, drawn label subsets, and the effect of each fine-tuning setting."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_what_another_class_has_changes_nothing():
 
 
 class Task:
-    """Has an encoder of one weight a feature; remembers what it is shown."""
+    """Stub of a task with one weight for each feature, which records the batches it encodes."""
 
     def __init__(self):
         self.batches = []
@@ -105,7 +105,7 @@ class Task:
 
 @pytest.fixture
 def tuned(monkeypatch):
-    """tuned(recipe, images): what the optimizer got: a list of its groups' rates, and the optimizer."""
+    """A function: tuned(recipe, images) fine-tunes, and returns the learning rates of each step and the optimizer."""
 
     def tune(recipe, count=40, seed=0):
         rates, norms, made = [], [], []

@@ -1,4 +1,4 @@
-"""Probes of every module: what they see, and the program's figure and files."""
+"""Probes of every module: their inputs, and the program's figure and files."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ class Run:
 
 @pytest.fixture
 def stubs(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
-    """What the figure is of and where it goes."""
+    """Record the arguments of the figure, and its path."""
     seen: dict[str, object] = {}
 
     def accuracies(task: list[float], dataset: Dataset, progress: Callable[[range], object]) -> list[float]:

@@ -1,4 +1,4 @@
-"""The example programs are imported from their own folder, as Python does for a program."""
+"""Puts the examples' folder on the import path, as Python does for a program that is run from it."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The program that draws what the patch augmentation does, as a user runs it."""
+"""The program that draws a sheet of patch augmentations, as a user runs it."""
 
 from __future__ import annotations
 

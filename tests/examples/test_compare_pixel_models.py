@@ -1,4 +1,4 @@
-"""The comparison of the three pixel models: equal sizes, its table and figure, and what a stop leaves to go on with."""
+"""The comparison of the three pixel models: equal sizes, table and figure, and continuation after a stop."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MODELS = ["pixelcnn", "gated-pixelcnn", "pixelcnn++"]
 
 @pytest.fixture
 def started(monkeypatch):
-    """The training program's arguments of each start; it runs in this process, on few images of four pixels a side."""
+    """Record the training program's arguments at each start; it runs in this process, on a few images of 4x4 pixels."""
 
     def part(split, count):
         whole = make_textures(count, split=split, size=16)

@@ -1,4 +1,4 @@
-"""The loops that people copy, plain ones and Lightning's: they begin at guessing, learn, and leave what they say."""
+"""The example loops, plain and with Lightning: their loss starts at chance and falls, and they write their files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LIGHTNING = [
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch, tmp_path):
-    """Tensors so small are slower with more; and whatever a loop writes unasked is not to lie in the checkout."""
+    """Run on one thread, as such small tensors are slower with more, and in a temporary folder."""
     before, generator = torch.get_num_threads(), torch.get_rng_state()
     torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
@@ -41,7 +41,7 @@ def one_thread(monkeypatch, tmp_path):
 
 
 def moved(encoder: torch.nn.Module, path) -> bool:
-    """Whether every weight of the file is another than the encoder's."""
+    """Return whether every weight in the file differs from the encoder's."""
     weights = torch.load(path, weights_only=True)
     state = encoder.state_dict()
     assert weights.keys() == state.keys()

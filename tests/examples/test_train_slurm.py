@@ -1,4 +1,4 @@
-"""The job for SLURM, as its commands would run it: what it starts, what it does when it is warned, and how it ends."""
+"""The SLURM job script, with stubs of SLURM's commands: its start, its reaction to SLURM's warning, and its end."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SCONTROL = 'case $1 in show) echo localhost;; *) echo "$@" >> scontrol.log;; esa
 
 @pytest.fixture
 def submit(tmp_path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """submit(*arguments, **programs in place of others): the job's process, in a folder of its own."""
+    """A function: submit(*arguments, **stubs of programs) starts the job in a temporary folder; returns its process."""
     jobs = []
 
     def start(*arguments: str, **programs: str) -> subprocess.Popen[str]:
@@ -57,7 +57,7 @@ def submit(tmp_path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 
 def requeued(folder: Path) -> int:
-    """How often the job was queued again."""
+    """Return how often the job was requeued."""
     log = folder / "scontrol.log"
     return log.read_text().splitlines().count(f"requeue {os.getpid()}") if log.exists() else 0
 

@@ -1,4 +1,4 @@
-"""Curves of runs: what is drawn of few points and of many, and beside what."""
+"""Curves of runs: drawing of few and of many points, and reference lines."""
 
 from __future__ import annotations
 

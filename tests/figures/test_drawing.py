@@ -1,4 +1,4 @@
-"""Figures of evaluations and of patches, by what is drawn in them."""
+"""Content of the figures of evaluations and of patches."""
 
 from __future__ import annotations
 

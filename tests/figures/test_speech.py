@@ -1,4 +1,4 @@
-"""Figures of speech: what is drawn, where."""
+"""Figures of speech: content and positions."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_panels_share_their_time():
 
 
 def colors(frames):
-    """What the band of colours shows, [F, 3]."""
+    """Return the colours of the band, [F, 3]."""
     return np.array(drawn(frames).axes[2].images[0].get_array())[0]
 
 

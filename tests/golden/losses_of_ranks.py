@@ -1,6 +1,6 @@
-"""Losses of several processes beside open_clip's and lightly's own: ``torchrun --nproc-per-node 2 losses_of_ranks.py``.
+"""Losses of several processes against open_clip's and lightly's: ``torchrun --nproc-per-node 2 losses_of_ranks.py``.
 
-Every process compares values and gradients in its own features, and ends with an error where they differ.
+Every process compares the losses and the gradients of its own features, and ends with an error if they differ.
 """
 
 from __future__ import annotations

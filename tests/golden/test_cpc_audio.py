@@ -20,7 +20,7 @@ PROBLEMS = [
 
 @pytest.fixture
 def problem(golden, reference):
-    """What is stored, and its model in the mode in which it was run."""
+    """Return the stored problem, and its model in the mode in which it was run."""
 
     def load(name):
         stored, read = golden(f"cpc_audio.{name}"), reference(f"cpc_audio.{name}", "cpc-audio")

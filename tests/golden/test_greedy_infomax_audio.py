@@ -22,7 +22,7 @@ PROBLEMS = {
 
 
 def draws(tensors, modules):
-    """What was recorded of each module's draws."""
+    """Return the recorded draws of each module."""
     found = []
     for module in range(modules):
         offsets = [tensors[name] for name in sorted(tensors) if name.startswith(f"offsets.{module}.")]
@@ -32,7 +32,7 @@ def draws(tensors, modules):
 
 
 def outputs(model, waveforms, tensors):
-    """What every module's loss comes to."""
+    """Return the outputs of every module's loss."""
     negatives = draws(tensors, len(tensors["losses"]))
     return (
         [model(waveforms, negatives=negatives[0])] if isinstance(model, CPC) else model(waveforms, negatives=negatives)

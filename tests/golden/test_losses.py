@@ -1,7 +1,7 @@
-"""Losses of other libraries, called as theirs: values and gradients of ours are theirs in float64.
+"""Our versions of other libraries' losses, called in the same way, have the same values and gradients in float64.
 
-Golden files hold what they gave; where they are installed (the extra "originals"), they are asked again. SupContrast is
-no package: its folder is to be in PYTHONPATH. ``python tests/golden/test_losses.py`` writes the files anew.
+Golden files hold the libraries' results; if a library is installed (the extra "originals"), it is also run. SupContrast
+is not a package: its folder must be in PYTHONPATH. ``python tests/golden/test_losses.py`` writes the files again.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def biased(loss: Any, values: dict[str, Tensor]) -> Tensor:
 
 
 def banked(loss: Any, values: dict[str, Tensor]) -> Tensor:
-    """Three steps, of which the second goes beyond the bank's end and the third begins anew."""
+    """Sum the losses of three steps; the second writes past the bank's end, and the third starts from its beginning."""
     loss.double()
     bank = loss.memory_bank.bank if hasattr(loss.memory_bank, "bank") else loss.memory_bank.keys
     bank[:11] = values["bank"].detach()
@@ -77,7 +77,7 @@ def supervised(**options: Tensor) -> Call:
 
 
 def single(loss: Any, values: dict[str, Tensor]) -> Tensor:
-    """One view a sample, so that some have no positive."""
+    """Compute the loss with one view of each sample, so that some have no positive."""
     return loss(values["features"][:, :1], LABELS)
 
 

@@ -58,7 +58,7 @@ def test_beside_the_original(case):
 
 
 def original(losses, options):
-    """What takes embeddings as a subclass of theirs does."""
+    """Return the library's loss as a function of embeddings."""
     from sentence_transformers import util
 
     options = dict(options)

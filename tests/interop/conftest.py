@@ -66,5 +66,5 @@ TIMM = types.SimpleNamespace(
 
 @pytest.fixture
 def timm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets TimmEncoder have the stand-in."""
+    """Make TimmEncoder use the stand-in."""
     monkeypatch.setitem(sys.modules, "timm", TIMM)

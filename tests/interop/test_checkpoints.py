@@ -1,4 +1,4 @@
-"""The forms that checkpoints come in, and what is said of files that are none or another program's."""
+"""The forms of checkpoints, and the errors for files that are none, or another program's."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def greedy_sound(modules, context, **arguments):
 
 
 def ours(source):
-    """A model of every kind that a program has."""
+    """Return a model of every kind that a program has."""
     if source == "cpc-audio":
         return [
             sound(CausalTransformerContext(8, 9, layers=2, hidden=5), predictor="transformer"),
@@ -246,7 +246,7 @@ def test_what_trainers_note_beside_the_weights(cpc, tmp_path, monkeypatch):
 
 
 def by_file(state):
-    """The state dict of every module, and of the context network where there is one."""
+    """Split a state dict into those of every module, and of the context network if there is one."""
     parts = {}
     for name, value in state.items():
         for whole, short in (("encoder.", ""), ("autoregressor.", "context.")):
@@ -309,7 +309,7 @@ def test_settings(cpc):
 
 
 class Executes:
-    """Runs when it is unpickled, unless nothing is."""
+    """Creates a file when it is unpickled, which a safe loader must not do."""
 
     def __init__(self, path):
         self.path = path

@@ -1,4 +1,4 @@
-"""Every golden problem that holds weights, loaded as a checkpoint with no more than its source, and written again."""
+"""Every golden problem with weights, loaded as a checkpoint given only its source, and written again."""
 
 from __future__ import annotations
 

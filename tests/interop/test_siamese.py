@@ -1,4 +1,4 @@
-"""Encoders of lightly, solo-learn and sthalles: what they compute, in PyTorch's own functions, and what is refused."""
+"""Encoders of lightly, solo-learn and sthalles against plain PyTorch functions, and refused checkpoints."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.interop.conftest import TimmNetwork
 
 
 def residual_network(blocks, bottleneck, stem, channels=3):
-    """A state dict by torchvision's names, with norms that do something."""
+    """Return a state dict with torchvision's names, and norms that are not the identity."""
     state = {"conv1.weight": torch.randn(64, channels, stem, stem)}
     norms = {"bn1": 64}
     wide = 64
@@ -40,7 +40,7 @@ def residual_network(blocks, bottleneck, stem, channels=3):
 
 
 def features_of(state, images, *, padding, relu=True, pool=False, stride=1):
-    """Images through a ResNet v1 (He et al. 2015) of such a state dict, written down plainly: [B, D]."""
+    """Compute features [B, D] of images by a ResNet v1 (He et al. 2015) with such a state dict, in plain functions."""
 
     def normed(x, name):
         mean, var = state[f"{name}.running_mean"], state[f"{name}.running_var"]
@@ -65,7 +65,7 @@ def features_of(state, images, *, padding, relu=True, pool=False, stride=1):
 
 
 def numbered(state, first, shortcut="downsample"):
-    """torchvision's layers by their places in a sequence, the first stack at ``first``."""
+    """Rename torchvision's layers to their positions in a sequence, with the first stack at ``first``."""
     places = {"conv1": "0", "bn1": "1", **{f"layer{stack + 1}": str(first + stack) for stack in range(4)}}
     return {
         ".".join([places[name.split(".")[0]], *name.split(".")[1:]]).replace("downsample", shortcut): value

@@ -1,4 +1,4 @@
-"""Checkpoints of models of sound: files and folders that the programs wrote, and files that they can read."""
+"""Checkpoints of audio models: files and folders that other programs wrote, and files that they can read."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def source_of(name):
 
 
 def features_of(model, name):
-    """What the program computes of a waveform, and what a model does."""
+    """Return the features of a waveform, as stored from the program and as computed by a model."""
     stored = load_file(FILES / f"{name}.features.safetensors")
     with torch.no_grad():
         encodings = model.encode(stored["input"])
@@ -304,7 +304,7 @@ def same_weights():
 
 
 def assert_same_losses(model, back):
-    """At the same negatives, of waveforms."""
+    """Assert that two models have the same losses on waveforms, with the same negatives."""
     waveforms = torch.rand(2, 1, 3200, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     outputs = []
     for one in (model.eval(), back):
@@ -317,7 +317,7 @@ def assert_same_losses(model, back):
 
 
 def louder(model):
-    """The model in float64, with predictions that are not near 0."""
+    """Return the model in float64, with weights scaled so that predictions are not near 0."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "objective" in name:

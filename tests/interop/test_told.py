@@ -1,4 +1,4 @@
-"""What weights do not show: it comes from the file, its name or a setting, and is refused or said where it does not."""
+"""Settings that weights do not show: they are read from the file, its name or an option, else an error or a note."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ENCODER = "trained_encoder_resnet50_crop36-2_grid5_{}Norm_1dir_augTrue_300.pt"
 
 @pytest.fixture
 def named(problem, tmp_path):
-    """named(name of a problem, name of a file): its weights alone, as the program saves them."""
+    """A function: named(problem, file name) saves a problem's weights alone, as its program does; returns the path."""
 
     def save(problem_name, file_name, folder="cifar100"):
         (tmp_path / folder).mkdir(exist_ok=True)
@@ -200,7 +200,7 @@ def test_mobilenet_with_biases():
 
 
 def matches(theirs, plain, encoder, name):
-    """Whether a bias there and one of ours lie beside the same weight."""
+    """Return whether their bias and ours belong to the same weight."""
     weight = encoder.get_parameter(name.removesuffix("bias") + "weight")
     return plain[theirs.removesuffix("bias") + "weight"].data_ptr() == weight.data_ptr()
 

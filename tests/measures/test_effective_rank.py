@@ -1,4 +1,4 @@
-"""The effective rank of encodings: by its formula, between a collapse and directions that vary alike."""
+"""The effective rank of encodings: its formula, and its range from a collapse to equal variance in all directions."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def draw(*shape, seed=0):
 
 
 def clouds(count, seed, *, distance, dim=6):
-    """Classes whose means lie apart along axes of their own, in unlike units."""
+    """Return classes whose means differ along separate axes, which have different scales."""
     labels = torch.arange(count) % CLASSES
     units = 10.0 ** torch.linspace(-3, 3, dim)
     return (draw(count, dim, seed=seed) + distance * torch.eye(dim)[labels]) * units + 5, labels
@@ -32,7 +32,7 @@ def probe(train, test, **options):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Sets of frames as small as these need no more steps."""
+    """Shorten the training of probes, as such small sets need few steps."""
     short = dataclasses.replace(module._RECIPES["standard"], least_steps=150)
     monkeypatch.setitem(module._RECIPES, "standard", short)
 

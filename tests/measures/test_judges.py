@@ -1,4 +1,4 @@
-"""What judges encodings, on its own: linear classifier, nearest neighbours, subsets of labels, length of training."""
+"""The evaluations of encodings by themselves: linear classifier, nearest neighbours, label subsets, training length."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model that a PixelCNN must beat: what it knows of places and of colours, and its plain formula."""
+"""The histogram that a PixelCNN must beat: its dependence on position and colour, against its plain formula."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CPC as a whole: inputs, directions, what each direction can see, and learning."""
+"""CPC as a whole: inputs, directions, the context visible to each direction, and learning."""
 
 import math
 
@@ -114,7 +114,7 @@ def test_learns_to_tell_images_apart(make, accuracy):
 
 
 class Features(nn.Module):
-    """Hands on encodings that are already there."""
+    """An encoder that returns its input, which is encodings already."""
 
     def __init__(self, channels):
         super().__init__()

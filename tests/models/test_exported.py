@@ -1,4 +1,4 @@
-"""Networks that are exported with sizes left open, and run with others."""
+"""Networks exported with dynamic sizes, and run with other sizes."""
 
 from __future__ import annotations
 

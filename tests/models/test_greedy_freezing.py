@@ -1,4 +1,4 @@
-"""Modules of Greedy InfoMax that are frozen: every layer of them, the stem's too, is in evaluation mode."""
+"""Frozen modules of Greedy InfoMax: all of their layers, including the stem's, are in evaluation mode."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Greedy InfoMax: how an encoder is cut, that nothing crosses a boundary, what is kept in memory, and learning."""
+"""Greedy InfoMax: the division of an encoder, gradients that stop at boundaries, memory, and learning."""
 
 import copy
 
@@ -39,7 +39,7 @@ def gradients_of(parameters):
 
 
 def leaves_of(loss):
-    """All parameters that the autograd graph of a loss reaches."""
+    """Return all parameters that the autograd graph of a loss reaches."""
     found, seen, nodes = set(), set(), [loss.grad_fn]
     while nodes:
         node = nodes.pop()

@@ -1,4 +1,4 @@
-"""CPC and Greedy InfoMax on sound: what a module learns from, what reaches it, and which contexts it has."""
+"""CPC and Greedy InfoMax on sound: each module's loss, gradients and context network."""
 
 import pytest
 import torch

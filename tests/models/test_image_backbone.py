@@ -1,4 +1,4 @@
-"""Encoders as backbones of whole images: the maps, what is told of them, and what other libraries make of both."""
+"""Encoders as backbones of whole images: feature maps, their descriptions, and their use by other libraries."""
 
 from __future__ import annotations
 

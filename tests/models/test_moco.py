@@ -1,4 +1,4 @@
-"""MoCo: what the loss is made of, who learns and who follows, and that it can be learnt."""
+"""MoCo: the loss's parts, gradients of the query networks and updates of the key networks, and learning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a network of one's own must say about the width of its result."""
+"""The attribute out_channels that a user's own network must have."""
 
 import pytest
 from torch import nn

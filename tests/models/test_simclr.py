@@ -1,4 +1,4 @@
-"""SimCLR: shapes, what the loss is made of, and that it can be learnt."""
+"""SimCLR: shapes, the loss's parts, and learning."""
 
 from __future__ import annotations
 

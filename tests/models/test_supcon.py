@@ -1,4 +1,4 @@
-"""Supervised contrast: what the loss is made of, the accuracy beside it, and that classes can be learnt."""
+"""Supervised contrast: the loss's parts, the accuracy, and learning of classes."""
 
 from __future__ import annotations
 

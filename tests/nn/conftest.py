@@ -1,4 +1,4 @@
-"""Ranks that are threads, whose messages arrive when they are waited for."""
+"""Ranks that run as threads; messages arrive when a rank waits for them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Received:
 
 
 class Threads:
-    """What the package asks of ``torch.distributed``, for ranks that are threads."""
+    """The functions of ``torch.distributed`` that the package uses, for ranks that run as threads."""
 
     isend, irecv = "isend", "irecv"
 
@@ -34,7 +34,7 @@ class Threads:
         self.mail = {(one, other): queue.Queue() for one in range(world) for other in range(world)}
 
     def run(self, program):
-        """What the program gives on every rank."""
+        """Run the program on every rank, and return the results."""
 
         def as_rank(rank):
             self.mine.rank = rank

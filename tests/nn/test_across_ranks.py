@@ -1,7 +1,7 @@
-"""Keys of several ranks, gathered or passed round a ring, are those of one process with the whole batch.
+"""Contrasts with keys of several ranks, gathered or passed round a ring, equal those of one process with all keys.
 
-Ranks are threads here, whose messages arrive when they are waited for. Real processes are in
-tests/training/test_distribution.py.
+Ranks run as threads here, and messages arrive when a rank waits for them. tests/training/test_distribution.py has real
+processes.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def test_a_ring_is_the_op_with_all_keys(ranks, name):
 
 
 def visible_keys(rank, world, options):
-    """Which of all ranks' keys [2, 7, 9 world] a rank's queries contrast."""
+    """Return which of all ranks' keys a rank's queries contrast, [2, 7, 9 world]."""
     index = torch.arange(9)
     every = torch.ones(2, 7, 9, dtype=torch.bool)
     begin, end = options.get("key_range", torch.tensor([0, 9])).split(1, -1)
@@ -232,7 +232,7 @@ def test_a_ring_computes_in_float32_or_more(query_type, key_type):
 
 
 def by_reference(op):
-    """An op without its kernel, which refuses no index: like CUDA's, it gives such a row NaN and a rank of -1."""
+    """Return an op's reference, which does not refuse wrong indices: like CUDA's kernel, it gives NaN and rank -1."""
     others = torch._C.DispatchKeySet(torch._C.DispatchKey.XPU)
     return lambda *arguments: op.default.redispatch(others, *arguments)
 
@@ -323,12 +323,12 @@ OBJECTIVES = {
 
 
 def output_of(objective, *batches, **options):
-    """What an objective's call gives, with its statistics."""
+    """Call an objective, and return its output with statistics."""
     return getattr(objective, "contrast", objective)(*batches, **options)
 
 
 def batches_of(name):
-    """What an objective takes, and the dimension of images in it."""
+    """Return the input of an objective, and the dimension of its images."""
     shape, dim = ((6, 4), 0) if "nt-xent" in name else ((2, 6, 3, 5, 5), 1)
     return [normal(*shape, seed=seed) for seed in range(2)], dim
 

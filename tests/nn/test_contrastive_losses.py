@@ -1,4 +1,4 @@
-"""What all contrastive losses share: gradients, precision, compiling, memory; and what each says of wrong arguments.
+"""Properties of all contrastive losses: gradients, precision, compiling and memory; and errors for wrong arguments.
 
 Their values are compared with other libraries' in tests/golden/test_losses.py.
 """
@@ -141,7 +141,7 @@ def test_each_exports_for_any_number_of_images(name):
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """What PyTorch's CPU allocator has given at most at any moment of a call."""
+    """Return the peak of bytes that PyTorch's CPU allocator has allocated during a call."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
         call()
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]

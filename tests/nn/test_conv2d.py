@@ -1,4 +1,4 @@
-"""nn.Conv2d against PyTorch's layer: state, results, and which of the two computes."""
+"""nn.Conv2d against PyTorch's layer: state, results, and the choice between our kernel and PyTorch's."""
 
 import csv
 import pickle
@@ -20,7 +20,7 @@ TABLE = Path(__file__).parents[2] / "python/benchmarks/conv2d_choice.csv"
 
 @pytest.fixture(params=[True, False])
 def kernel(request, monkeypatch):
-    """Whether the kernel is taken, wherever it can be."""
+    """Force or forbid our kernel wherever it is applicable."""
     monkeypatch.setattr(module, "_IS_MEASURED", True)
     monkeypatch.setattr(module, "kernel_pays", lambda *_: request.param)
     return request.param
@@ -31,7 +31,7 @@ def draw(*shape, seed=0):
 
 
 def pair(*arguments, **options):
-    """Ours and PyTorch's, of the same weights."""
+    """Return our layer and PyTorch's, with the same weights."""
     plain = nn.Conv2d(*arguments, **options, dtype=torch.float64)
     ours = Conv2d(*arguments, **options, dtype=torch.float64)
     ours.load_state_dict(plain.state_dict())

@@ -1,4 +1,4 @@
-"""Weights whose middle tap is orthogonal and whose others are zero."""
+"""Delta-orthogonal initialization: the middle tap is orthogonal, and all others are zero."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Masks outlive meta-device initialisation, emptied memory, copies and conversions, and follow what is done to them."""
+"""Masks survive meta-device initialisation, emptied memory, copies and conversions, and reflect later changes."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def made(name):
 
 
 def emptied(model, device="cpu"):
-    """A module whose memory is new, and filled with what memory may hold."""
+    """Give a module new memory, filled with garbage."""
     model.to_empty(device=device)
     for module in model.modules():
         for value in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
@@ -114,7 +114,7 @@ def emptied(model, device="cpu"):
 
 @pytest.fixture(params=["meta", "meta-double", "cpu"])
 def build(request):
-    """Makes a module whose parameters and buffers are to come: on meta, or with others that are to be dropped."""
+    """Make a module whose parameters and buffers are set later: on meta, or with values to be replaced."""
 
     def build(name):
         make, _ = CASES[name]
@@ -130,7 +130,7 @@ def build(request):
 
 @pytest.fixture
 def garbage(monkeypatch):
-    """New memory is never zero by luck."""
+    """Make sure that new memory is not zero by chance."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
     yield

@@ -1,4 +1,4 @@
-"""Encoders differentiated a chunk at a time have the gradients of the whole batch."""
+"""Gradients of encoders that are differentiated chunk by chunk equal those of the whole batch."""
 
 import contextlib
 
@@ -26,7 +26,7 @@ def both_ways(first, second):
 
 
 def gradients(*modules):
-    """Gradients of all parameters, which are then without."""
+    """Return and clear the gradients of all parameters."""
     found = [parameter.grad for module in modules for parameter in module.parameters()]
     for module in modules:
         module.zero_grad()

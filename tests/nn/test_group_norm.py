@@ -1,4 +1,4 @@
-"""Group norm of input with and without a gradient is PyTorch's."""
+"""Group norm, with and without a gradient of its input, against PyTorch's."""
 
 import pytest
 import torch

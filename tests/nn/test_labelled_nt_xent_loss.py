@@ -1,4 +1,4 @@
-"""Values are in tests/golden/test_pytorch_metric_learning.py; here is what the loss takes and what it refuses."""
+"""Accepted and refused arguments of the loss; its values are tested in tests/golden/test_pytorch_metric_learning.py."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The mixture of logistics as a loss: bits per dimension of what is known."""
+"""The mixture of logistics as a loss: bits per dimension against known values."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Losses of several ranks are those of one process with the whole batch, or as open_clip's words for them say."""
+"""Losses of several ranks equal those of one process with the whole batch, or follow open_clip's options."""
 
 from __future__ import annotations
 

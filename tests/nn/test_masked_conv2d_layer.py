@@ -1,4 +1,4 @@
-"""The masked convolution layer: which taps the names hide, and that hidden pixels have no influence."""
+"""The masked convolution layer: hidden taps of the named masks, and no influence of hidden pixels."""
 
 import pytest
 import torch

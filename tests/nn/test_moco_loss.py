@@ -24,7 +24,7 @@ def batches(*sizes: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def by_algorithm(queries: Tensor, keys: Tensor, queue: list[Tensor], *, normalize: bool = True) -> Tensor:
-    """Algorithm 1 of arXiv 1911.05722, with a queue of keys, which changes."""
+    """Compute Algorithm 1 of arXiv 1911.05722; updates the queue of keys."""
     keys = keys.detach()
     if normalize:
         queries, keys = F.normalize(queries, dim=1), F.normalize(keys, dim=1)
@@ -36,7 +36,7 @@ def by_algorithm(queries: Tensor, keys: Tensor, queue: list[Tensor], *, normaliz
 
 
 def make(**options: bool) -> tuple[MoCoLoss, list[Tensor]]:
-    """A loss, and its queue as a list, the oldest first."""
+    """Return a loss, and its queue as a list, the oldest key first."""
     torch.manual_seed(0)
     loss = MoCoLoss(DIM, SIZE, TEMPERATURE, **options).double()
     return loss, list(loss.queue.keys[:SIZE].clone())

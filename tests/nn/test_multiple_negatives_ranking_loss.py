@@ -1,4 +1,4 @@
-"""Values are in tests/golden/test_sentence_transformers.py; here is what the loss is given, and what it refuses."""
+"""Accepted and refused arguments of the loss; its values are tested in tests/golden/test_sentence_transformers.py."""
 
 import pytest
 import torch

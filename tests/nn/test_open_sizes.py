@@ -1,4 +1,4 @@
-"""Losses and ops where sizes are open and values are not to be looked at: compile, export, transforms, fake tensors."""
+"""Losses and ops with symbolic sizes and without access to values: compile, export, transforms, fake tensors."""
 
 from __future__ import annotations
 

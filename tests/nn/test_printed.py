@@ -1,4 +1,4 @@
-"""Printed, layers and losses say what they were made with, and what they are by default."""
+"""The printed form of layers and losses shows the arguments that they were made with, and defaults."""
 
 import pytest
 import torch

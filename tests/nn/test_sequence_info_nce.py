@@ -1,4 +1,4 @@
-"""The objective of sequences against its definition, position by position, and what its draws are."""
+"""The objective of sequences against its definition, position by position, and the distribution of its negatives."""
 
 import math
 
@@ -36,7 +36,7 @@ def generator(seed=0):
 
 
 def negatives_of(objective, draws, batch, step, b, t, window):
-    """Which (sequence, frame) the negatives are, by what the documentation says of each way. t counts in the window."""
+    """Return the (sequence, frame) of negatives as documented for each kind of sampling. t: position in the window."""
     begin = 0 if draws.begin is None else int(draws.begin)
     count = window - (K if objective.common_positions else step)
     row, rows = b * count + t, batch * count

@@ -1,4 +1,4 @@
-"""PixelCNN++'s convolutions against plain ones of what they see, their normalised weights, and how they start."""
+"""PixelCNN++'s convolutions against plain ones of the visible pixels, weight normalisation, and initialization."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def features(channels, size=5, batch=2):
 
 
 def scaled(layer):
-    """The layer with a weight that its norm does not already have."""
+    """Scale a layer's weight so that it differs from its normalised form."""
     layer = layer.double()
     with torch.no_grad():
         layer.weight_g.uniform_(0.5, 2)

@@ -1,4 +1,4 @@
-"""Every op agrees with its reference on the problems that `cpc-ext check` runs, and a fault in one is seen."""
+"""Every op agrees with its reference on the problems that `cpc-ext check` runs, and the check detects faults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""info_nce: queries of weight 0 are absent, whatever they hold."""
+"""info_nce ignores queries of weight 0, whatever their values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 def problem(device, dtype, samples, *, keys=11, dim=6, of_absent=math.nan):
-    """Queries, keys and options, of which the absent queries hold what is no number."""
+    """Return queries, keys and options, with NaN in the absent queries."""
     generator = torch.Generator().manual_seed(0)
     rows = len(ABSENT)
     queries, keys = (torch.randn(n, dim, generator=generator, dtype=torch.float64) for n in (rows, keys))

@@ -43,7 +43,7 @@ def one_transform(images, patch_size, stride, transform, parameters=(), **rest) 
 
 
 def augmented_bytes(images, patch_size, stride, plan, device) -> torch.Tensor:
-    """Patches [N, C, p, p] after the plan as whole numbers 0..255."""
+    """Return augmented patches [N, C, p, p] as whole numbers 0..255."""
     patches = augment_patches(images.to(device), patch_size, stride, plan.to(device)).cpu().flatten(0, 2)
     levels = (patches * 255).round()
     assert (patches * 255 - levels).abs().max() < 1e-3
@@ -51,7 +51,7 @@ def augmented_bytes(images, patch_size, stride, plan, device) -> torch.Tensor:
 
 
 def random_plan(cells, steps, patch_size, seed=0, codes=None) -> AugmentationPlan:
-    """Any transforms with any parameters, sensible ones among them."""
+    """Return a plan of any transforms with any parameters, including usual ones."""
     generator = torch.Generator().manual_seed(seed)
     if codes is None:
         codes = torch.randint(len(Transform), (*cells, steps), generator=generator)
@@ -88,7 +88,7 @@ def random_plan(cells, steps, patch_size, seed=0, codes=None) -> AugmentationPla
 
 
 def reference(images, patch_size, stride, plan, *, crop=None, offsets=None, flip=None, gray=False, **rest):
-    """The oracle: bytes as the op has them, normalised in float64."""
+    """Compute the expected patches: the op's bytes, normalised in float64."""
     window = *(crop or images.shape[2:]), offsets, flip
     options = PatchOptions(patch_size, stride, *window, gray, **rest | {"dtype": torch.float64})
     return augment_patches_reference(images, options, plan)

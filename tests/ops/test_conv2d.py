@@ -62,7 +62,7 @@ class Case:
 
 
 def laid_out(tensor, layout):
-    """The same values in memory in another way."""
+    """Return the same values in another memory layout."""
     if layout == "channels_last":
         return tensor.contiguous(memory_format=torch.channels_last)
     if layout == "sliced":
@@ -106,7 +106,7 @@ CASES = [
 
 
 def results(call, tensors, upstream, **options):
-    """The output and the gradients in all tensors."""
+    """Return the output, and the gradients of all tensors."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
     output = call(**leaves, **options)
     return [output.detach(), *torch.autograd.grad(output, list(leaves.values()), upstream.to(output.dtype))]

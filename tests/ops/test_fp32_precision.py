@@ -1,4 +1,4 @@
-"""Which switches of PyTorch let kernels round float32 to TF32, old ones and new ones, and that sampling agrees."""
+"""PyTorch's old and new switches that let kernels round float32 to TF32, and their effect on sampling."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ for settings in sys.argv[1:]:
 
 
 def answers(*programs):
-    """After each of these programs: whether convolutions and products may be rounded, as ops and as PyTorch have it."""
+    """Return, for each program, whether convolutions and products may be rounded, according to the ops and PyTorch."""
     done = subprocess.run([sys.executable, "-c", SCRIPT, *programs], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = [[word == "1" for word in line.split()] for line in done.stdout.splitlines()]
@@ -95,7 +95,7 @@ def test_the_cpu_asks_no_switch(monkeypatch):
 
 @pytest.fixture(params=["ieee", "tf32"])
 def precision(request, device):
-    """The precision that convolutions and products are switched to; ``device`` has switched TF32 off."""
+    """The precision set for convolutions and products; ``device`` has switched TF32 off."""
     kinds = torch.backends.cudnn.conv, torch.backends.cuda.matmul
     before = [kind.fp32_precision for kind in kinds]
     for kind in kinds:
@@ -107,7 +107,7 @@ def precision(request, device):
 
 @pytest.fixture
 def rounds(request, device):
-    """Whether a device's kernels round at all: those of CUDA do, emulated ones too."""
+    """Whether a device's kernels round at all: CUDA's kernels do, also emulated ones."""
     return request.node.callspec.params["device"] != "cpu"
 
 

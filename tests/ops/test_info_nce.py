@@ -29,7 +29,7 @@ def problem(queries=6, keys=9, dim=4, batch=(), dtype=torch.float64, samples=5):
 
 
 def by_formula(queries, keys, targets, negatives=None, scale=1.0, exclude=None):
-    """Losses and correctness of [M, D] queries and [N, D] keys, one row after the other."""
+    """Compute losses and hits of queries [M, D] and keys [N, D], row by row."""
     losses, rights = [], []
     for m, query in enumerate(queries):
         target = int(targets[m])
@@ -361,7 +361,7 @@ def test_same_bits_for_any_number_of_threads(samples, batch):
 
 
 def peak_bytes(call) -> int:
-    """What PyTorch's CPU allocator has given at most at any moment of a call."""
+    """Return the peak of bytes that PyTorch's CPU allocator has allocated during a call."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
         call()
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]

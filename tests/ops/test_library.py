@@ -1,4 +1,4 @@
-"""What the ops share: how they are registered, what they refuse, and what is given to kernels that only CUDA runs."""
+"""Code that the ops share: registration, refused arguments, and the arguments of kernels that only CUDA runs."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_tangents_are_refused_in_each_argument(op, shapes):
 
 @pytest.fixture
 def given(monkeypatch):
-    """Sets a module's kernels under watch; gives the list of names and arguments that they were called with."""
+    """A function that records the calls of a module's kernels, and returns the list of their names and arguments."""
     calls = []
 
     class Watched:
@@ -230,7 +230,7 @@ def test_each_kernel_is_told_whether_it_may_round(given, monkeypatch, allowed):
 
 
 def each_op(dtype=torch.float64):
-    """Calls of ops that have gradients, each a function of one tensor, and that."""
+    """Return ops with gradients by name, each as a function of one tensor, and that tensor."""
     mask = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
     return {
         "info_nce": (lambda x: info_nce(x, x.flip(0) + 1, scale=0.5).loss, draw(5, 3, dtype=dtype)),
@@ -241,7 +241,7 @@ def each_op(dtype=torch.float64):
 
 
 class Seen(TorchDispatchMode):
-    """Keeps the names of the ops that the dispatcher has been asked for."""
+    """Records the names of the ops that went through the dispatcher."""
 
     def __enter__(self):
         self.names = set()
@@ -259,7 +259,7 @@ class Dispatched(TorchFunctionMode):
 
 @pytest.fixture
 def asked():
-    """How often PyTorch's dispatcher has called a kernel of the ops."""
+    """Record the calls of the ops' kernels by PyTorch's dispatcher."""
     calls = []
     library = torch.library.Library("cpc_ext", "IMPL")
     for name in ("info_nce", "masked_conv2d", "extract_patches"):

@@ -23,7 +23,7 @@ NATS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.f
 
 
 def make_images(channels=3, batch=2, size=(5, 7), seed=0):
-    """A third of the values are 0 and a third 255."""
+    """Return random images in which a third of the values are 0 and a third 255."""
     generator = torch.Generator().manual_seed(seed)
     shape = batch, channels, *size
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
@@ -32,7 +32,7 @@ def make_images(channels=3, batch=2, size=(5, 7), seed=0):
 
 
 def make_params(channels=3, components=4, batch=2, size=(5, 7), dtype=torch.float32, seed=0):
-    """Narrow and wide components, near and far: bins of all masses."""
+    """Return parameters of narrow and wide components, near and far from the values, for bins of all masses."""
     generator = torch.Generator().manual_seed(seed)
     count = components * (10 if channels == 3 else 3)
     params = torch.randn(batch, count, *size, generator=generator)

@@ -1,4 +1,4 @@
-"""What is known of a mask is what it holds now, nothing keeps masks alive, and no look stalls where none may."""
+"""Cached facts about a mask follow its changes, do not keep it alive, and are not read from it where that may stall."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_one_visible_tap_of_many(where):
 
 
 class OnGPU:
-    """As much of a mask on a GPU as looking at it takes; counts the looks."""
+    """Stub of a mask on a GPU, which counts how often its values are read."""
 
     device, is_cuda = torch.device("cuda"), True
 

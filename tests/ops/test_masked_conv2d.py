@@ -71,7 +71,7 @@ class Case:
         return torch.tensor(MASKS[self.mask], dtype=torch.bool)
 
     def tensors(self, dtype, seed=0):
-        """input, weight, bias and condition or None. The weights keep what goes into a gate near 1."""
+        """Return input, weight, bias, and condition or None. Weights are scaled so that inputs of gates are near 1."""
         generator = torch.Generator().manual_seed(seed)
 
         def random(*shape):
@@ -95,7 +95,7 @@ class Case:
 
 
 def laid_out(tensor, layout):
-    """The same values in memory in another way."""
+    """Return the same values in another memory layout."""
     if layout == "channels_last":
         return tensor.contiguous(memory_format=torch.channels_last)
     if layout == "shifted":  # Dense with the channels innermost, but the first value at no round address.
@@ -149,7 +149,7 @@ def in_pairs(device, case, dtype):
 
 
 def compare(case, device, dtype, tf32=False):
-    """Results and gradients against a convolution in float64, within what the types' rounding explains."""
+    """Compare results and gradients with a convolution in float64, up to the rounding of the types."""
     mask = case.mask_tensor()
     tensors = case.tensors(dtype)
     placed = [None if tensor is None else tensor.to(device).requires_grad_() for tensor in tensors]

@@ -1,4 +1,4 @@
-"""Networks run a pixel at a time: the kernel and its reference against the formula, and where they say they are."""
+"""Networks run pixel by pixel: the kernel and its reference against the formula, and positions in errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RUNNERS = ["reference", *(["kernel"] if hasattr(native, "PixelSteps") else [])]
 
 @pytest.fixture(params=[*RUNNERS, "emulated", "emulated, blocks share images", "emulated, a block for all"])
 def runner(request, monkeypatch):
-    """Who runs steps; on the emulated device two blocks fit, or six, or one."""
+    """The class that runs steps; on the emulated device, 2, 6 or 1 blocks fit."""
     if not request.param.startswith("emulated"):
         yield _ReferenceSteps if request.param == "reference" else _KernelSteps
         return
@@ -197,7 +197,7 @@ def test_who_runs_steps():
 
 
 def put(**values):
-    """Changes a step: values are attributes, or functions of the step and its maps that give them."""
+    """Return a change of a step. values: new attributes, or functions of the step and its maps that return them."""
 
     def change(step, maps):
         for name, value in values.items():

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 class Drawn(NamedTuple):
-    """Contexts, weights and keys, whose scores are about 1, and what else the op takes."""
+    """Contexts, weights and keys, whose scores are about 1, and the op's other arguments."""
 
     tensors: tuple[Tensor, ...]
     options: dict[str, Any]
@@ -40,7 +40,7 @@ class Drawn(NamedTuple):
 
 
 def draw(size=(3, 6, 5), batch=(2, 9), keys=14, *, samples=None, shared=False, dtype=torch.float64, **options):
-    """size: K, D, E. Step k uses the places before the sequence's last k + 1."""
+    """Draw a problem. size: K, D, E. Step k uses the positions before the sequence's last k + 1."""
     (steps, dim, channels), length = size, batch[1]
     generator = torch.Generator().manual_seed(steps + 7 * dim + 13 * channels + length)
 

@@ -1,4 +1,4 @@
-"""Derivatives of gradients: right where an op has them, an error where it has none, whatever is asked for."""
+"""Second derivatives: correct for ops that have them, and an error for ops that do not, in all cases."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_derivatives_of_any_order_with_a_constant_upstream_gradient(device, acti
 
 
 def penalty(convolve, input, weight, **options):
-    """The gradient in the weight of a critic's loss with the penalty of WGAN-GP (arXiv 1704.00028, equation 3)."""
+    """Return the weight's gradient of a critic's loss with WGAN-GP's penalty (arXiv 1704.00028, equation 3)."""
     input, weight = input.clone().requires_grad_(), weight.clone().requires_grad_()
     output = convolve(input, weight, **options).mean()
     (of_input,) = grad(output, input, create_graph=True)

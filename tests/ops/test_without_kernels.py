@@ -1,4 +1,4 @@
-"""What runs on a device that has no kernels: every op's plain PyTorch, forwards and backwards, and shapes on meta."""
+"""Ops on a device without kernels: plain PyTorch, forward and backward, and shapes on meta."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ XPU = torch._C.DispatchKeySet(torch._C.DispatchKey.XPU)
 
 @pytest.fixture
 def without_kernels(monkeypatch):
-    """The CPU as a device without kernels; holds the names of the ops that have run."""
+    """Make the CPU a device without kernels; returns the set of names of the ops that have run."""
     monkeypatch.setattr(_library, "nobody_watches", lambda: False)
     ran = set()
 
@@ -198,7 +198,7 @@ def test_augment_patches(without_kernels):
 
 
 def contrasts(dtype):
-    """Problems of info_nce with weights and thresholds: of all keys, sampled, in both directions, of each measure."""
+    """Yield problems of info_nce with weights and thresholds: all keys, sampled, symmetric, and each measure."""
     queries, keys = draw(2, 3, 4, dtype=dtype), draw(2, 5, 4, seed=1, dtype=dtype)
     targets = torch.tensor([[[0, 1], [4, -1], [2, 2]], [[3, 0], [-1, -1], [1, 4]]])
     others = {
@@ -227,7 +227,7 @@ def contrasts(dtype):
 
 
 def problems(dtype):
-    """Ops by name with arguments, among them every choice of what is needed."""
+    """Yield names of ops with arguments, including every combination of needed gradients."""
     generator = torch.Generator().manual_seed(0)
     sums = torch.promote_types(dtype, torch.float32)
     choices = list(itertools.product([False, True], repeat=3))

@@ -1,3 +1,3 @@
-"""Tests of programs have the runs of tests/training."""
+"""Makes the fixtures of tests/training available to tests of programs."""
 
 from tests.training.conftest import *  # noqa: F403 - fixtures

@@ -1,4 +1,4 @@
-"""`cpc-ext check`: a table and exit status 0 where the ops agree with their references, what is wrong where not."""
+"""`cpc-ext check`: a table and exit status 0 if the ops agree with their references, else the differences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m cpc_ext.convert`: checkpoints of other programs to runs that train, sample and come back as they were."""
+"""`python -m cpc_ext.convert`: checkpoints of other programs become runs that train, sample and convert back."""
 
 from __future__ import annotations
 

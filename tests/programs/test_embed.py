@@ -85,7 +85,7 @@ def embed(*arguments):
 
 
 def expected(folder, dataset, names, method="features"):
-    """What the run's task makes of the images of these names, one at a time."""
+    """Compute the run's encodings of the images with these names, one at a time."""
     task = EncoderRun.open(folder, torch.device("cpu")).trained(dataset)
     pixels = torch.from_numpy(dataset.test.images[[NAMES.index(name) for name in names]].copy())
     return torch.cat([getattr(task, method)(task.model, image[None]) for image in pixels])
@@ -185,7 +185,7 @@ def test_another_data_set(runs, dataset, tmp_path, monkeypatch):
 
 @pytest.fixture
 def array(tmp_path, dataset, monkeypatch):
-    """Seventeen images in one array without labels, of which a part is held out to test on."""
+    """Seventeen images in one array without labels, a part of which is held out for testing."""
     monkeypatch.setenv("CPC_EXT_CACHE", str(tmp_path / "cache"))
     images = dataset.pretrain.images[:17]
     np.save(tmp_path / "photos.npy", images.transpose(0, 2, 3, 1))

@@ -1,4 +1,4 @@
-"""The ways into the programs: what is imported when, and how they end."""
+"""The entry points of the programs: lazy imports, and exit statuses."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ print(json.dumps(results))
 
 
 def python(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A process with these arguments of Python and variables, of which an empty one is not set."""
+    """Run Python with these arguments and environment variables; empty variables are unset."""
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(
         [sys.executable, *arguments],
@@ -65,7 +65,7 @@ def test_warnings_are_told_without_code(tmp_path):
 
 
 def outcomes(calls: list[list[str]]) -> list[tuple[int, str, list[str]]]:
-    """Exit status, output, and the heavy packages that are imported after each call."""
+    """Return exit status, output, and the heavy packages that are imported after each call, all in one process."""
     done = python("-c", CALLS, json.dumps(calls))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -119,7 +119,7 @@ WRONG = [
 
 @pytest.fixture(scope="module")
 def refusals() -> list[tuple[int, str, list[str]]]:
-    """What came out of each of the calls, one after another in a process."""
+    """The outcomes of all wrong calls, run one after another in one process."""
     return outcomes([arguments for arguments, _, _ in WRONG])
 
 
@@ -260,7 +260,7 @@ sys.exit(main(["sample", "RUN", "--device", "cpu"]))
 
 
 def into(output: int, arguments: list[str], unbuffered: str) -> tuple[int, bytes]:
-    """Exit status and errors of a program that prints to this file descriptor."""
+    """Run a program that prints to this file descriptor, and return its exit status and stderr."""
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     done = subprocess.run(
         [sys.executable, "-m", "cpc_ext", *arguments],

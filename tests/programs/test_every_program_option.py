@@ -1,6 +1,6 @@
-"""Every option of evaluate, embed, sample and convert has its effect: what its help says it changes is what changes.
+"""Every option of evaluate, embed, sample and convert has the effect that its help states.
 
-As test_every_option.py does for training: the table at the end has an entry for every option of the four programs. They
+As in test_every_option.py for training, the table at the end has an entry for every option of the four programs. They
 run on folders of runs that took no step, and on checkpoints of other programs.
 """
 
@@ -55,7 +55,7 @@ def run_in(folder: Path, model: str = "cpc-v1", dataset: Dataset | None = None, 
 
 @pytest.fixture
 def measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
-    """measure(*options) → rows of the results of a run on twelve images of two classes."""
+    """A function: measure(*options) evaluates a run on twelve images of two classes, and returns the result's rows."""
     monkeypatch.setattr(run_data, "load_dataset", lambda *arguments, **options: dataset_of(noise(12)))
     monkeypatch.setattr(evaluator, "_save_figure", lambda path, figure: None)
     folders = (tmp_path / f"measured{number}" for number in count())
@@ -154,7 +154,7 @@ def evaluate_neighbours(measure: Callable[..., Any], monkeypatch: pytest.MonkeyP
 
 
 def updates(measure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, *options: object) -> set[int]:
-    """How many of them the recipes of both modes make of forty images."""
+    """Return the numbers of updates that the recipes of both modes make for forty images."""
     return {recipe.steps(40) for _, recipe, _ in tuned(measure, monkeypatch, *options)}
 
 
@@ -187,7 +187,7 @@ def evaluate_data_dir(tmp_path: Path, measure: Callable[..., Any], monkeypatch: 
 
 
 def on_the_meta_device(name: str, *arguments: object) -> None:
-    """The meta device computes nothing, and says so where a result is asked for."""
+    """Assert that --device takes effect: the meta device raises an error when a result is needed."""
     do(name, *arguments, "--device", "cpu")
     with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):
         do(name, *arguments, "--device", "meta")
@@ -241,7 +241,7 @@ def embed_data_dir(tmp_path: Path, photos: Path) -> None:
 
 
 def of_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *options: object) -> tuple[Any, np.ndarray]:
-    """What data sets were asked for, and encodings of images that differ between the splits."""
+    """Return the requested data sets, and the distances of the encodings from those of images of each split."""
     asked = []
     splits = (ImageSet(images) for images in np.split(noise(6), (1, 3)))
     data = replace(dataset_of(noise()), **dict(zip(("pretrain", "train", "test"), splits, strict=True)))
@@ -298,7 +298,7 @@ def embed_out(tmp_path: Path, photos: Path) -> None:
 
 @pytest.fixture
 def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., np.ndarray]:
-    """drawn(*options) → the images that are written, of a run of a PixelCNN on colour images of 4 by 4 pixels."""
+    """A function: drawn(*options) returns the images that a PixelCNN's run writes, colour images of 4 by 4 pixels."""
     found: list[np.ndarray] = []
     monkeypatch.setattr(sampling.figures, "save_images", lambda path, images: found.append(images))
     run_in(tmp_path / "pixels", "pixelcnn", dataset_of(noise(4, 4)))
@@ -322,7 +322,7 @@ def sample_n(drawn: Callable[..., Any]) -> None:
 
 
 def sample_class_index(tmp_path: Path, drawn: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """An image tells its class: the model is one that draws that alone."""
+    """The model is replaced by one that draws images whose values are their class."""
     run_in(tmp_path / "classes", "gated-pixelcnn", dataset_of(noise(4, 4)), class_conditional=True)
     monkeypatch.setattr(
         "cpc_ext.models.GatedPixelCNN.sample",
@@ -339,7 +339,7 @@ def sample_temperature(drawn: Callable[..., Any]) -> None:
 
 
 def sample_complete(drawn: Callable[..., Any], photos: Path) -> None:
-    """The image at the size of the run's comes first; of each of the others the upper half is as there."""
+    """The image, resized to the run's size, comes first; the others have the same upper half."""
     images = drawn("--n", 2, "--complete", photos / "a.png")
     shrunk = Image.fromarray(decode_image(photos / "a.png")).resize((4, 4), Image.Resampling.BICUBIC)
     assert np.array_equal(images[0], np.asarray(shrunk).transpose(2, 0, 1))
@@ -376,7 +376,7 @@ LAYER = ("cpcv2_pytorch.resnet_layer.safetensors", "cpcv2-pytorch")
 
 
 def converted(tmp_path: Path, *options: object, of: tuple[str, str] = LAYER) -> Any:
-    """The config of the run that is made of a checkpoint."""
+    """Convert a checkpoint to a run, and return its config."""
     run = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
     do("convert", GOLDEN / of[0], "--source", of[1], "--out", run, *options)
     return load_config(run / "config.yaml")

@@ -1,4 +1,4 @@
-"""`cpc_ext.fit`: the same runs and files as the command line's, also of data that Python hands over."""
+"""`cpc_ext.fit`: the same runs and files as the command line's, also with data given as Python objects."""
 
 import json
 import os

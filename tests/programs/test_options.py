@@ -1,4 +1,4 @@
-"""The command line and config files: what they accept, which defaults they show, how they refuse."""
+"""The command line and config files: accepted options, displayed defaults, and error messages."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from cpc_ext.training.registry import MODELS, config_class, model_medium, model_
 
 
 def refuse(capsys, *arguments):
-    """What the program says, in one line, when it refuses these arguments."""
+    """Return the one-line error message with which the program refuses these arguments."""
     with pytest.raises(SystemExit) as exit_:
         parse(arguments)
     assert exit_.value.code == 2
@@ -423,7 +423,7 @@ def test_config_and_resume_exclude_each_other(tmp_path):
 
 @pytest.fixture
 def folder_of_images(tmp_path):
-    """folder_of_images(side): a folder with images of that shorter side, another and a file that is none."""
+    """A function: folder_of_images(side) makes a folder of images with that shorter side, another image and a text."""
 
     def make(side: int):
         (tmp_path / "cats").mkdir()
@@ -502,7 +502,7 @@ def test_few_heads_tell_the_size(tmp_path, monkeypatch):
 
 
 def tells_that_images_have_28_pixels(path, dataset):
-    """A file and its folder choose the defaults of such images, and where it is cut off those of any."""
+    """Assert that a file and its folder choose the defaults for 28 pixels, and a truncated file the general ones."""
     assert typical_side(path) == typical_side(path.parent) == 28
     arguments = ["--model", "simclr", "--dataset", dataset, "--data-dir"]
     assert parse([*arguments, str(path.parent)]).run.simclr == preset("simclr", "folder", side=28).simclr

@@ -1,4 +1,4 @@
-"""The program as a user runs it: what a run leaves behind, how it is repeated, and which ones are refused."""
+"""The training program as a user runs it: a run's files, its repetition, and refused runs."""
 
 from __future__ import annotations
 

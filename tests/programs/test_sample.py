@@ -1,4 +1,4 @@
-"""`python -m cpc_ext.sample`: from a run to images, and what it says to those who ask for what there is not."""
+"""`python -m cpc_ext.sample`: images of a run, and errors for requests that cannot be met."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture
 def run(runs, tmp_path):
-    """copy("plain") is the folder of a run that a test may damage."""
+    """A function: run("plain") returns a copy of a run's folder, which a test may damage."""
 
     def copy(name):
         return Path(shutil.copytree(runs / name, tmp_path / name))

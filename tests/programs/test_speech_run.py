@@ -1,4 +1,4 @@
-"""Runs on speech as a user starts them: what they leave, how they resume, how they are measured and used."""
+"""Runs on speech as a user starts them: files, resumption, evaluation and use."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MODELS = ("cpc-audio", "greedy-infomax-audio")
 
 @pytest.fixture(autouse=True)
 def small_voices(monkeypatch):
-    """Tones in place of the voices, and one thread for tensors so small."""
+    """Replace the voices by tones, and use one thread, as tensors are small."""
     data = dataset_of(test=recordings(6, 4.0))
     # Probes of so few frames need no thousand steps.
     quick = replace(frame_probe._RECIPES["standard"], epochs=2, least_steps=150)
@@ -162,7 +162,7 @@ def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(speech.RecordingFrames, "of", of)
 
     def measure(*options):
-        """What is in the table; how many kinds of frames were made for it; what was said of earlier results."""
+        """Return the table's rows, the number of kinds of frames computed, and the number of earlier results reused."""
         made.clear()
         assert evaluate.main([str(run), *options, "--device", "cpu"]) == 0
         rows = json.loads((run / "evaluation" / "speech.json").read_text())["rows"]

@@ -1,4 +1,4 @@
-"""Runs of CPC v2 as a user starts them: what they leave, how they resume, which options are refused."""
+"""Runs of CPC v2 as a user starts them: files, resumption, and refused options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of encoders with what follows them: what they build, and how they are made from what is built."""
+"""Names of encoders with their suffixes: the encoder that a name builds, and the name of a given encoder."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Every option of `python -m cpc_ext.train` has its effect: changed, what the help says it changes is what changes.
+"""Every option of `python -m cpc_ext.train` has the effect that its help states.
 
 The table at the end has an entry for every option of every model, so that a new option fails here until it has one.
-What is looked at is what reaches the networks, the optimizer and the files, on models of a few channels.
+Tests check the inputs of networks and optimizer, and the content of files, on models of a few channels.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def config_of(model: str, **options: Any) -> RunConfig:
 
 
 def dataset_of(images: np.ndarray | Tensor, labels: int | None = 2) -> Dataset:
-    """All splits are these images, uint8 [N, C, H, W], of so many classes in turn."""
+    """Return a data set whose splits are all these images, uint8 [N, C, H, W], with classes in turn."""
     images = np.asarray(images)
     numbers = None if labels is None else np.arange(len(images), dtype=np.int64) % labels
     split = ImageSet(images, numbers)
@@ -129,7 +129,7 @@ def noise(count: int = 4, side: int = 32) -> np.ndarray:
 
 
 def columns(count: int = 16, side: int = 32) -> np.ndarray:
-    """Images whose value tells the column: 7 times its number."""
+    """Return images whose values are 7 times the number of the column."""
     return np.broadcast_to((7 * np.arange(side)).astype(np.uint8), (count, 3, side, side)).copy()
 
 
@@ -138,14 +138,14 @@ def task_of(model: str, images: np.ndarray | None = None, **options: Any) -> Tas
 
 
 def step(task: Task, *, seed: int = 0) -> dict[str, Tensor]:
-    """A forward pass as the loop makes it, on all images."""
+    """Run a forward pass as the training loop does, on all images."""
     labels = None if task.examples.labels is None else torch.from_numpy(task.examples.labels)
     task.model.train()
     return task.losses(torch.from_numpy(task.examples.images), labels, RandomStreams(seed, CPU))
 
 
 def inputs_of(module: nn.Module, action: Callable[[], object]) -> list[Tensor]:
-    """What a module gets first in every call while ``action`` runs."""
+    """Return the first argument of every call of a module while ``action`` runs."""
     seen: list[Tensor] = []
     hook = module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
     action()
@@ -166,12 +166,12 @@ def first_conv(task: Task) -> nn.Module:
 
 
 def seen(task: Task, *, seed: int = 0) -> Tensor:
-    """What the encoder's first convolution gets in a step: patches [N, C, p, p], or views."""
+    """Return the input of the encoder's first convolution in a step: patches [N, C, p, p], or views."""
     return torch.cat(inputs_of(first_conv(task), lambda: step(task, seed=seed)))
 
 
 def column_of(values: Tensor) -> Tensor:
-    """The columns of :func:`columns` that pixels normalised by the data set's statistics are of."""
+    """Convert normalised pixels of images of :func:`columns` to the numbers of their columns."""
     return (values.float() * 0.2 + 0.5) * 255 / 7
 
 
@@ -179,7 +179,7 @@ _CONTRASTS = (GridInfoNCE, TargetInfoNCE, NTXentLoss, MoCoLoss, SupConLoss)
 
 
 def contrasts(task: Task) -> list[nn.Module]:
-    """The objectives of a model."""
+    """Return the objectives of a model."""
     return [m for m in task.model.modules() if isinstance(m, _CONTRASTS)]
 
 
@@ -283,7 +283,7 @@ def norm(model: str) -> None:
 
 
 def gather_negatives(model: str) -> None:
-    """What each word does is compared in test_distribution.py, with several processes."""
+    """test_distribution.py compares the effects of the values, with several processes."""
     if model == "supcon":
         for word in ("none", "gather"):
             assert task_of(model, gather_negatives=word).model.gather_negatives == word
@@ -328,7 +328,7 @@ def pred_directions(model: str) -> None:
 
 
 def skip(model: str) -> None:
-    """The last rows whose contexts predict anything: the next row that skip leaves must be in the grid of 5."""
+    """The contexts of the last rows predict nothing if the next row after skip lies outside of the grid of 5."""
     for rows in (0, 2):
         task = task_of(model, skip=rows, **({"modules": 1} if model == "greedy-infomax" else {}))
         found = []
@@ -378,7 +378,7 @@ def target_channels(model: str) -> None:
 
 
 def prediction_scale(model: str) -> None:
-    """Logits are proportional to it; where they are nearly 0 all 4 x 25 keys are equally likely."""
+    """Logits are proportional to the scale; if they are nearly 0, all 4 x 25 keys are equally likely."""
     guess = math.log(4 * 25)
     near, far, farther = (step(task_of(model, prediction_scale=scale))["loss"].item() for scale in (1e-6, 1.0, 50.0))
     assert near == pytest.approx(guess, abs=1e-4)
@@ -386,7 +386,7 @@ def prediction_scale(model: str) -> None:
 
 
 def recipe(model: str) -> None:
-    """Where a preset is for minutes the others' defaults are the recipe's; elsewhere they are the paper's anyway."""
+    """In presets for runs of minutes, other options' defaults follow the recipe; elsewhere they are the paper's."""
     assert config_of(model, recipe="published").cpc.recipe == "published"
 
     def chosen(*options: str) -> tuple[Any, ...]:
@@ -443,7 +443,7 @@ def objective(model: str) -> None:
 
 
 def init(model: str) -> None:
-    """Delta-orthogonal kernels are zero but in the middle."""
+    """Delta-orthogonal kernels are zero except in the middle."""
     for name, sides in (("he", True), ("delta-orthogonal", False)):
         kernels = [m.weight for m in task_of(model, init=name).model.encoder.modules() if isinstance(m, nn.Conv2d)]
         assert any(bool(kernel[..., 0, 0].any()) for kernel in kernels if kernel.shape[-1] == 3) == sides
@@ -511,7 +511,7 @@ def view_size(model: str) -> None:
 
 
 def center_scale(model: str) -> None:
-    """The whole images that features are of; views stay as they are."""
+    """The option changes the size of whole images from which features are taken, and leaves views unchanged."""
     for scale, side in ((1.0, 24), (1.5, 36)):
         task = task_of(model, view_size=24, center_scale=scale)
         assert seen(task).shape[-2:] == (24, 24)
@@ -521,7 +521,7 @@ def center_scale(model: str) -> None:
 
 
 def min_crop_area(model: str) -> None:
-    """Views without changes of colour, as fine-tuning sees them, of images whose values tell the column."""
+    """Checked on views without colour changes, as in fine-tuning, of images whose values show the column."""
     widths = []
     for area in (0.08, 0.99):
         task = task_of(model, columns(32), min_crop_area=area)
@@ -578,7 +578,7 @@ def pixels(model: str, images: np.ndarray, **options: Any) -> Tensor:
 
 
 def jitter_strength(model: str) -> None:
-    """Brightness alone spreads the values of a colour of mean 100/255 as the strength says."""
+    """The strength determines how far brightness alone spreads the values of a colour of mean 100/255."""
     images = np.broadcast_to(np.array([60, 100, 140], np.uint8)[:, None, None], (64, 3, 32, 32)).copy()
     given = {"jitter_probability": 1.0, "gray_probability": 0.0}
     spreads = [
@@ -755,7 +755,7 @@ def probe_images(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ema_decay(model: str) -> None:
-    """Update 1 keeps (1 + 1) / (10 + 1) of the average, or its decay where that is less."""
+    """Update 1 keeps (1 + 1) / (10 + 1) of the average, or the decay if that is less."""
     for decay, kept in ((0.0, None), (0.1, 0.1), (0.9, 2 / 11)):
         task = task_of(model, noise(2, 8), ema_decay=decay)
         name, before = next((n, p.detach().clone()) for n, p in task.model.named_parameters())
@@ -772,7 +772,7 @@ def ema_decay(model: str) -> None:
 
 
 def levels(model: str) -> None:
-    """The values that a pixel may have."""
+    """The number of values that a pixel may have."""
     codes = noise(4, 8) % 5
     for number in (None, 5, 200):
         task = task_of(model, codes, levels=number)
@@ -783,7 +783,7 @@ def levels(model: str) -> None:
 
 
 def code_channels(model: str) -> None:
-    """What is learned of each code."""
+    """The number of learned features of each code."""
     for number in (0, 7):
         table = task_of(model, noise(4, 8) % 5, levels=5, code_channels=number).model.codes
         assert (table is None) if number == 0 else table.weight.shape == (5, 7)
@@ -807,7 +807,7 @@ def dropout(model: str) -> None:
 
 
 def data_init(model: str) -> None:
-    """Starting from the data does not change how the other weights are drawn."""
+    """Initialization from data does not change the random draws of other weights."""
     plain, fitted = (dict(task_of(model, noise(4, 8), data_init=on).model.named_parameters()) for on in (False, True))
     changed = {name for name in plain if not torch.equal(plain[name], fitted[name])}
     assert changed
@@ -818,7 +818,7 @@ def data_init(model: str) -> None:
 
 
 class OneWeight(Task):
-    """loss = weight · factor, and what the steps were like."""
+    """Task with loss = weight · factor, which records properties of the steps."""
 
     def __init__(self, config: RunConfig, *, images: int = 8, factor: float = 1.0) -> None:
         self.model = nn.Linear(1, 1, bias=False)
@@ -849,7 +849,7 @@ class OneWeight(Task):
 
 
 def trained(folder: Path, *, images: int = 8, factor: float = 1.0, look: Any = None, **options: Any) -> OneWeight:
-    """The task after a run in this folder."""
+    """Train in this folder, and return the task."""
     config = config_of("cpc-v1", **options)
     task = OneWeight(config, images=images, factor=factor)
     folder.mkdir(exist_ok=True)
@@ -864,7 +864,7 @@ def trained(folder: Path, *, images: int = 8, factor: float = 1.0, look: Any = N
 
 
 def rates(task: OneWeight) -> list[float]:
-    """By how much each update has lowered the weight."""
+    """Return by how much each update lowered the weight."""
     return [before - after for before, after in zip(task.weights, task.weights[1:], strict=False)]
 
 
@@ -894,7 +894,7 @@ def evaluate(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def summary_of(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> dict[str, Any]:
-    """That of a whole run of CPC on a few images."""
+    """Return the summary of a whole run of CPC on a few images."""
     monkeypatch.setattr(run_data, "load_dataset", lambda *arguments, **more: dataset_of(noise(8)))
     assert program.run(Command(run=config_of("cpc-v1", **options), out_dir=folder))[0] == 0
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
@@ -912,7 +912,7 @@ def lr(model: str, tmp_path: Path) -> None:
 
 
 def optimizer(model: str, tmp_path: Path) -> None:
-    """At a gradient of 8 Adam's step is the rate alone, SGD's the rate times it, that of LARS a share of the weight."""
+    """With a gradient of 8, Adam's step is the rate, SGD's the rate times 8, and that of LARS a share of the weight."""
     given = {"factor": 8.0, "lr": 0.5, "momentum": 0.0}
     assert rates(trained(tmp_path / "adam", optimizer="adam", **given)) == pytest.approx([0.5] * 4, rel=1e-3)
     assert rates(trained(tmp_path / "sgd", optimizer="sgd", **given)) == pytest.approx([4.0] * 4, rel=1e-3)
@@ -944,7 +944,7 @@ def warmup_steps(model: str, tmp_path: Path) -> None:
 
 
 def clip_grad(model: str, tmp_path: Path) -> None:
-    """The norm in the log is that before the cut; test_learner.py looks at gradients of several parameters."""
+    """The logged norm is that before clipping; test_learner.py checks gradients of several parameters."""
     for precision in ("fp32", "fp16"):
         for limit, kept in ((None, 8.0), (0.5, 0.5), (9.0, 8.0)):
             folder = tmp_path / f"{precision}-{limit}"
@@ -961,7 +961,7 @@ def weight_decay(model: str, tmp_path: Path) -> None:
 
 
 def resume_from(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a learning rate of next to nothing a run ends with the weights that it starts from."""
+    """With a tiny learning rate, a run ends with the weights that it starts from."""
     monkeypatch.setattr(run_data, "load_dataset", lambda *arguments, **options: dataset_of(noise()))
     monkeypatch.setattr(task_class(model), "evaluate", lambda task: {})
     monkeypatch.setattr(task_class(model), "save", lambda task, run: None)
@@ -1039,7 +1039,7 @@ def log_every(model: str, tmp_path: Path) -> None:
 
 
 def checkpoint_every(model: str, tmp_path: Path) -> None:
-    """The step of the checkpoint that is there when a step begins."""
+    """Checked by the step of the checkpoint that exists when a step begins."""
     found = []
     trained(
         tmp_path, steps=5, checkpoint_every=2, look=lambda run: found.append(load_checkpoint(run.checkpoint)["step"])
@@ -1058,7 +1058,7 @@ def logger(model: str, tmp_path: Path) -> None:
 
 
 def loaded(monkeypatch: pytest.MonkeyPatch, **options: Any) -> dict[str, Any]:
-    """What the data sets are asked for."""
+    """Return the arguments with which a data set is loaded."""
     asked: dict[str, Any] = {}
 
     def load_dataset(name: str, data_dir: Path | None = None, **more: Any) -> None:

@@ -1,4 +1,4 @@
-"""Runs of Greedy InfoMax: modules at once, one after another, from cached outputs, and as a pipeline of processes."""
+"""Runs of Greedy InfoMax: all modules at once, one after another, from cached outputs, and as a process pipeline."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ GREEDY = ("--model", "greedy-infomax", "--warmup-steps", "0", "--schedule", "con
 
 @pytest.fixture
 def greedy(monkeypatch, train_fully) -> Callable[..., int]:
-    """A run without probe and figures."""
+    """A function that makes a run without probe and figures."""
     monkeypatch.setattr(GreedyTask, "evaluate", lambda task: {})
     monkeypatch.setattr(GreedyTask, "save", lambda task, run: None)
     return lambda *options: train_fully(*GREEDY, *options)
@@ -48,7 +48,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def of_module(state: dict[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:
-    """The weights of a module of an encoder that is cut at its stacks."""
+    """Return the weights of one module of an encoder that is divided at its stacks."""
     prefixes = [f"encoder.layers.{index}.", f"objectives.{index}.", *(["encoder.conv1."] if index == 0 else [])]
     return {name: value for name, value in state.items() if name.startswith(tuple(prefixes))}
 
@@ -325,7 +325,7 @@ def noise(tmp_path, monkeypatch) -> list[str]:
 
 
 def label(images: Path) -> None:
-    """Let a folder's images be of two classes, three in four to learn from and the others to test with."""
+    """Sort a folder's images into two classes, with three quarters for training and the others for testing."""
     for number, image in enumerate(sorted(images.glob("*.png"))):
         folder = images / ("test" if number % 4 == 3 else "train") / str(number // 12)
         folder.mkdir(parents=True, exist_ok=True)

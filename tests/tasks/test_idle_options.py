@@ -1,4 +1,4 @@
-"""Options that the chosen encoder, model or data set would ignore are refused, and timm's backbones get their sizes."""
+"""Options that the chosen encoder, model or data set would ignore are errors; and input sizes of timm's backbones."""
 
 from __future__ import annotations
 

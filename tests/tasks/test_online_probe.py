@@ -1,4 +1,4 @@
-"""Probes on the way: what they find is right, nothing of the run depends on them, and what they need is asked for."""
+"""Probes during training: correct results, no influence on the run, and errors if a requirement is missing."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ RUNS = {
 
 
 def plain_accuracy(known, labels, asked, expected, *, neighbours: int) -> float:
-    """By the formula: each of the nearest votes with exp(cosine / 0.07)."""
+    """Compute the accuracy by the formula: each nearest neighbour votes with exp(cosine / 0.07)."""
     right = 0
     for query, label in zip(asked.double(), expected.tolist(), strict=True):
         cosines = torch.cosine_similarity(query[None], known.double())
@@ -58,7 +58,7 @@ def plain_accuracy(known, labels, asked, expected, *, neighbours: int) -> float:
 
 
 def striped(count: int, seed: int) -> ImageSet:
-    """Noise that is brighter in one half: which one is the class."""
+    """Return noise that is brighter in one half; the class is which half."""
     labels = np.random.default_rng(seed).integers(0, 2, count)
     images = np.random.default_rng(seed).integers(0, 200, (count, 3, 32, 32))
     images[labels == 0, :, :16] += 55

@@ -1,4 +1,4 @@
-"""Runs of a PixelCNN as a user starts them: what they leave, how they resume, what they are measured against."""
+"""Runs of a PixelCNN as a user starts them: files, resumption, and baselines."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MODELS = ("pixelcnn", "gated-pixelcnn", "pixelcnn++")
 
 @pytest.fixture(scope="module")
 def small_images():
-    """Images of four pixels a side: what is sampled while training costs time."""
+    """Use images of 4x4 pixels, because sampling during training takes time."""
 
     def part(split, count):
         whole = make_textures(count, split=split, size=16)

@@ -1,4 +1,4 @@
-"""Runs of SimCLR as a user starts them: what they leave, how they resume, what they are measured against."""
+"""Runs of SimCLR as a user starts them: files, resumption, and baselines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tasks of speech: every option reaches what it decides, batches follow from seeds, and what a model is worth."""
+"""Speech tasks: the effect of every option, batches determined by seeds, and evaluation of models."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ TONES = (200, 450, 1000, 2100, 4000)
 
 
 def recordings(count=8, seconds=1.0, *, labelled=True):
-    """Noise whose colour tells the phone, of two speakers, one louder than the other."""
+    """Return noise whose spectrum shows the phone, of two speakers, one louder than the other."""
     rng = np.random.default_rng(0)
     lengths = [int(16000 * seconds) + 160 * number for number in range(count)]
     sounds, phones = [], []
@@ -257,7 +257,10 @@ def test_guessing_among_all_encodings(model):
 
 
 def among_own_speaker(of):
-    """Mean of what belongs to 1 to 4 windows of a speaker, for one among 4 that are drawn of 4 of his and 4 others."""
+    """Return the mean of of(n), n being the number of a speaker's own windows in a batch of 4.
+
+    The batch is drawn from 4 of the speaker's windows and 4 others, and contains at least one of the former.
+    """
     ways = {own: math.comb(3, own - 1) * math.comb(4, 4 - own) for own in range(1, 5)}
     return sum(count * of(own) for own, count in ways.items()) / math.comb(7, 3)
 

@@ -1,4 +1,4 @@
-"""Models in a run beside their steps: what they are judged by, which files and figures they leave, how they begin."""
+"""Tasks besides their training steps: evaluation, files and figures, and initialization."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def images_of(count: int, side: int = 32, seed: int = 1) -> np.ndarray:
 
 
 def task_of(model: str, *, test: ImageSet | None = None, **options: Any) -> Task:
-    """A task with noise to learn from and other noise to look at, of a side that pixel models are quick with."""
+    """Return a task on noise, with small images for pixel models. test: other noise for testing."""
     dataset = dataset_of(images_of(6, 4) if model in PIXELS else noise())
     if test is not None:
         dataset = replace(dataset, test=test)
@@ -62,7 +62,7 @@ def task_of(model: str, *, test: ImageSet | None = None, **options: Any) -> Task
 
 @pytest.fixture
 def roomy(monkeypatch):
-    """A device that would have room for all images, which what is done once must not take."""
+    """Pretend that all images fit on the device, and fail if one-off computations upload them."""
 
     def upload(array, device):
         raise AssertionError
@@ -73,7 +73,7 @@ def roomy(monkeypatch):
 
 @pytest.fixture
 def drawn(monkeypatch, roomy):
-    """What figures are made of, by the name of the function, and which is written where, by the name of the file."""
+    """Record the arguments of figures by function name, and the figure written to each file by file name."""
     found: dict[str, Any] = {}
     for module, name in (
         *((figures, name) for name in ("curves", "likelihood_curves", "model_inputs", "nearest_patches")),

@@ -1,4 +1,4 @@
-"""Runs that learn nothing say so, once and with options that exist; others say nothing."""
+"""Runs that learn nothing warn once, and name existing options; other runs do not warn."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_short_run_has_room_for_a_short_warm_up(config):
 
 
 def assert_guessing_is_told(task):
-    """And that to be asked changes nothing of the model."""
+    """Assert that a task reports guessing, and that the check does not change the model."""
     before = {name: value.clone() for name, value in task.model.state_dict().items()}
     task.model.eval()
     assert "the model learns nothing so far: the loss is" in task.trouble(task.guess)

@@ -1,4 +1,4 @@
-"""Runs of MoCo and of supervised contrast as a user starts them: what they leave, how they resume, what they refuse."""
+"""Runs of MoCo and of supervised contrast as a user starts them: files, resumption, and refused options."""
 
 from __future__ import annotations
 

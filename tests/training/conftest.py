@@ -1,4 +1,4 @@
-"""A data set and options so small that a run of the whole program takes a second or two."""
+"""Fixtures for runs: a data set and options so small that a run of the whole program takes a second or two."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Threads cost more than they save on tensors this small, and much more where the machine is busy."""
+    """Use one thread: more are slower on tensors this small, and much slower on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -49,7 +49,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """start(*arguments of Python, **environment) → the process, which does not outlive the tests."""
+    """A function: start(*arguments of Python, **environment) starts a process, which is ended with the test."""
     started = []
 
     def run(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
@@ -89,13 +89,13 @@ def tiny_dataset() -> Dataset:
 
 
 def logged(run: Path) -> list[dict[str, float]]:
-    """The lines of a run's log without what equal runs log differently."""
+    """Return the records of a run's log, without the values that differ between equal runs."""
     records = read_metrics(run / "metrics.jsonl")
     return [{name: value for name, value in record.items() if name not in TIMES} for record in records]
 
 
 def new_run(folder: Path, config: RunConfig, dataset: Dataset) -> Path:
-    """The folder, with a run in it that has taken no step; its weights are the initial ones of another seed."""
+    """Create a run that has taken no step in a folder, with the initial weights of another seed; returns the folder."""
     other = config.model_copy(update={"compute": config.compute.model_copy(update={"seed": config.compute.seed + 1})})
     task = task_class(config.model)(other, dataset, torch.device("cpu"))
     folder.mkdir()
@@ -107,14 +107,14 @@ def new_run(folder: Path, config: RunConfig, dataset: Dataset) -> Path:
 
 @pytest.fixture
 def quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Linear probes of one regularisation and a few iterations, where it is not they that are tested."""
+    """Make linear probes quick, with one regularisation and a few iterations, for tests of other things."""
     monkeypatch.setattr(probe, "_STRENGTHS", (0.1,))
     monkeypatch.setattr(probe, "_MAX_ITERATIONS", 8)
 
 
 @pytest.fixture
 def quick_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the end of a run its probe has fewer strengths to choose from, and its figure of neighbours shows fewer."""
+    """Make the end of a run quick: its probe has fewer regularisations, and its figure shows fewer neighbours."""
     monkeypatch.setattr(probe, "_STRENGTHS", (1.0, 0.1))
     monkeypatch.setattr(patches, "_NEIGHBOUR_QUERIES", 2)
     monkeypatch.setattr(patches, "_NEIGHBOURS", 3)
@@ -122,14 +122,14 @@ def quick_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def train_with(monkeypatch: pytest.MonkeyPatch, tiny_dataset: Dataset, quick_ends: None) -> Callable[..., int]:
-    """The program on the tiny data set, in this process: train_with(*options) → exit status."""
+    """A function: train_with(*options) runs the program on the tiny data set, in this process; returns its status."""
     monkeypatch.setattr(run_data, "load_dataset", lambda *arguments, **options: tiny_dataset)
     return lambda *options: program.main([*map(str, options)])
 
 
 @pytest.fixture
 def train_fully(train_with: Callable[..., int]) -> Callable[..., int]:
-    """The same with tiny options of CPC v1: train_fully(*more options) → exit status."""
+    """A function: train_fully(*options) is train_with and tiny options of CPC v1."""
 
     def run(*options: str | Path) -> int:
         # Another run's options are those of its model, too.
@@ -141,7 +141,7 @@ def train_fully(train_with: Callable[..., int]) -> Callable[..., int]:
 
 @pytest.fixture
 def train(monkeypatch: pytest.MonkeyPatch, train_fully: Callable[..., int]) -> Callable[..., int]:
-    """The same without probes and figures, which take most of the time of so short a run."""
+    """The same as train_fully without probes and figures, which take most of the time of a short run."""
     monkeypatch.setattr(CPCv1Task, "evaluate", lambda task: {})
     monkeypatch.setattr(CPCv1Task, "save", lambda task, run: None)
     return train_fully
@@ -149,7 +149,7 @@ def train(monkeypatch: pytest.MonkeyPatch, train_fully: Callable[..., int]) -> C
 
 @pytest.fixture
 def interrupted_as_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
-    """interrupted_as_whole(train, kind of task, *options): a run of 8 steps goes on as if nothing had stopped it."""
+    """A function: interrupted_as_whole(train, task class, *options) checks that a resumed run equals a whole one."""
 
     def check(train: Callable[..., int], kind: type[Task], *options: str) -> None:
         monkeypatch.setattr(kind, "evaluate", lambda task: {})
@@ -176,7 +176,7 @@ def interrupted_as_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cal
 
 @pytest.fixture
 def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[dict[str, torch.Tensor]], None]], None]:
-    """at_step(n, action): the n-th forward pass from now calls action with the values it returns."""
+    """A function: after at_step(n, action), the n-th forward pass calls action with the values it returns."""
 
     def install(number: int, action: Callable[[dict[str, torch.Tensor]], None]) -> None:
         original, count = CPCv1Task.losses, 0

@@ -1,8 +1,7 @@
-"""A program that is killed when it is about to touch a file of its folder for the n-th time. Not a test by itself.
+"""Runs a program that is killed just before its n-th access to a file of its folder. This is not a test by itself.
 
-Arguments: "train" or "convert", n, the folder, and the program's arguments. Reads lines of such arguments as JSON, and
-answers each with the exit status of the program, -9 where it was killed. Every run is a fork of this process, which has
-imported everything.
+Reads lines of arguments as JSON: "train" or "convert", n, the folder, and the program's arguments. Answers each line
+with the program's exit status, -9 if it was killed. Every run is a fork of this process, which has imported everything.
 """
 
 from __future__ import annotations

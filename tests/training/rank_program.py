@@ -1,6 +1,6 @@
-"""One process of several: losses and gradients on a part of a batch beside those of the whole batch, as JSON.
+"""One of several processes: compares losses and gradients of a part of a batch with those of the whole batch.
 
-Arguments: rank, number of processes, file where they meet, file for the answer. Not a test by itself.
+Arguments: rank, number of processes, rendezvous file, file for the result (JSON). This is not a test by itself.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class SupConOfImages(nn.Module):
 
 
 class Contrast(nn.Module):
-    """Two linear encoders and a scale that learns, of images that are told from those of other processes."""
+    """Two linear encoders and a learned scale; images are contrasted with those of other processes."""
 
     def __init__(self, exchange: str) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ CASES: dict[str, tuple[Callable[[str], nn.Module], int, str]] = {
 
 
 def run(model: nn.Module, batch: Tensor, scalars: list[str]) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Scalars that the model returns, and the gradients of its loss."""
+    """Return the scalars that the model outputs, and the gradients of its loss."""
     draws = {"generator": torch.Generator().manual_seed(3)} if "cpc" in scalars else {}
     output = model(batch, **draws)
     output.loss.backward()
@@ -109,7 +109,7 @@ def run(model: nn.Module, batch: Tensor, scalars: list[str]) -> tuple[dict[str, 
 
 
 def in_chunks(rank: int, world: int) -> dict[str, float]:
-    """Encoders that DistributedDataParallel averages, differentiated in chunks, beside those of the whole batch."""
+    """Compare encoders under DistributedDataParallel, differentiated in chunks, with the whole batch."""
     torch.manual_seed(0)
     encoder, other = nn.Linear(16, 5).double(), nn.Linear(16, 5).double()
     batch = torch.randn(IMAGES, 16, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Files that are whole or as they were, also where several processes write them and links are refused."""
+"""Files are written completely or not at all, also by several processes and without support for links."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of several processes: equal to one with the whole batch, resumed on another number, ended where one dies."""
+"""Runs of several processes: equality with one process, resumption with another number, and the end if one dies."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture(scope="module", params=[2, 3])
 def differences(request, start, tmp_path_factory) -> dict[str, dict[str, float]]:
-    """How far losses and gradients of several processes are from those of one, by case."""
+    """Differences of losses and gradients between several processes and one, by case."""
     folder = tmp_path_factory.mktemp("ranks")
     world = request.param
     processes = [
@@ -69,7 +69,7 @@ def test_processes_have_the_loss_and_gradients_of_one(differences, case):
 
 @pytest.fixture
 def options(tmp_path) -> list[str]:
-    """The options of a run on a folder of noise without labels, which takes milliseconds a step."""
+    """Options of a run on a folder of noise without labels, which takes milliseconds for each step."""
     rng = np.random.default_rng(0)
     (tmp_path / "images").mkdir()
     for index in range(24):

@@ -1,4 +1,4 @@
-"""What a run leaves on the disk when saving fails, a signal comes, its folder goes or its images change."""
+"""A run's files after a failed save, a signal, the loss of its folder, or changes of its images."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def steps_in(folder):
 
 @pytest.fixture
 def in_steps(monkeypatch):
-    """in_steps(action): every forward pass calls action(number of the pass, from 1, the values it returns)."""
+    """A function: after in_steps(action), every forward pass calls action with its number, from 1, and its values."""
     original = CPCv1Task.losses
 
     def install(action):
@@ -57,7 +57,7 @@ def in_steps(monkeypatch):
 
 @pytest.fixture
 def with_losses(in_steps):
-    """with_losses(*numbers): the losses of the steps, whatever the model does."""
+    """A function: with_losses(*numbers) sets the losses of the steps, whatever the model computes."""
 
     def install(*losses):
         def fix(number, values):
@@ -70,7 +70,7 @@ def with_losses(in_steps):
 
 @pytest.fixture
 def full_disk():
-    """full_disk(True): files that are being written cannot pass 1000 bytes, by a real error of the system."""
+    """A function: after full_disk(True), files cannot grow beyond 1000 bytes, by a real error of the system."""
     yield lambda full: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, UNLIMITED[1]) if full else UNLIMITED)
     resource.setrlimit(resource.RLIMIT_FSIZE, UNLIMITED)
 

@@ -20,7 +20,10 @@ GOLDEN = ROOT / "tests" / "golden" / "cpcv2_pytorch.resnet_layer.safetensors"
 
 @pytest.fixture(scope="module")
 def start_killed(tmp_path_factory):
-    """start_killed(program, n, folder, *arguments) → exit status; see killed_program.py. n: 0 for not at all."""
+    """A function: start_killed(program, n, folder, *arguments) returns the exit status; see killed_program.py.
+
+    n: 0 if the program is not to be killed.
+    """
     log = tmp_path_factory.mktemp("killed") / "log"
     with open(log, "w") as errors:
         process = subprocess.Popen(
@@ -49,7 +52,7 @@ def start_killed(tmp_path_factory):
 
 
 def killed_states(start, name, tmp_path, *arguments):
-    """Folders as a program leaves them that is killed at every touch of a file, until there is a checkpoint."""
+    """Yield the folders left by a program killed at its n-th file access, for n from 1 until it has a checkpoint."""
     for number in range(1, 200):
         folder = tmp_path / str(number) / "run"
         assert start(name, number, folder, *arguments, folder) == -9, start.log.read_text()

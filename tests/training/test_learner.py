@@ -1,4 +1,4 @@
-"""A part of a model that learns by itself: what an update does to gradients and weights, and where it is run."""
+"""The learner of one part of a model: effects of an update on gradients and weights, and devices."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Loggers: what TensorBoard holds, what W&B and MLflow are told, and that a run goes on without one that fails.
+"""Loggers: the content of TensorBoard's files, calls of W&B and MLflow, and runs that continue if a logger fails.
 
-The two libraries are played by recorders of the calls; where they are installed, the real ones write their files too.
+Recorders of calls replace the latter two libraries; if these are installed, they write their real files as well.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def picture(path: Path, color: int) -> Path:
 
 
 def one_run(folder: Path, *names: str, after_step: int = 0, complete: bool = True) -> None:
-    """A run's log: config, two steps after the given one, a look at the model, figures and results."""
+    """Write a run's log: config, two steps after the given one, an evaluation, figures and results."""
     run = RunDir(folder)
     log = RunLog(run, after_step=after_step, loggers=names)
     log.config(config_of("cpc-v1", seed=5))
@@ -88,7 +88,7 @@ def test_tensorboard_forgets_what_came_after_the_checkpoint(tmp_path):
 
 
 class Recorder:
-    """Anything: calls are noted, and answer with what is given for their name or with another recorder."""
+    """Stub of any object: records calls, and returns the answer given for their name, or another recorder."""
 
     def __init__(self, notes: list[tuple[str, tuple[Any, ...], dict[str, Any]]], name: str, answers: dict[str, Any]):
         self._notes, self._name, self._answers = notes, name, answers
@@ -106,7 +106,7 @@ class Recorder:
 
 @pytest.fixture
 def played(monkeypatch):
-    """played(library, answers) → the calls of a library that is none: name, arguments, options."""
+    """A function: played(library, answers) replaces a library, and returns its calls: name, arguments, options."""
 
     def play(library: str, answers: dict[str, Any]) -> list[tuple[str, tuple[Any, ...], dict[str, Any]]]:
         notes: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []

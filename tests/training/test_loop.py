@@ -1,4 +1,4 @@
-"""The training loop on models of a weight a part: what it measures, logs, keeps and says, also where that fails."""
+"""The training loop on models with one weight in each part: measurements, logs, checkpoints, messages and failures."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 
 class Part(nn.Module):
-    """loss = weight · factor, of which the weight starts at 100; hands on twice what it is given."""
+    """A part with loss = weight · factor; the weight starts at 100. Its output is twice its input."""
 
     def __init__(self, factor: float) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Part(nn.Module):
 
 
 class Parts(Task):
-    """Parts whose losses are 1, 2, 3, ... times their weights, on images of one pixel that tells their number."""
+    """Task of parts whose losses are 1, 2, 3, ... times their weights, on images whose one pixel is their number."""
 
     def __init__(self, count: int = 1, *, images: int = 12) -> None:
         self.model = nn.ModuleList(Part(1.0 + part) for part in range(count)).eval()
@@ -91,7 +91,7 @@ class Parts(Task):
 
 @dataclass
 class Log:
-    """In place of a RunLog."""
+    """Stub of a RunLog."""
 
     records: list[tuple[str, dict[str, float]]] = field(default_factory=list)
     before_sync: Callable[[], object] = lambda: None
@@ -104,7 +104,7 @@ class Log:
 
 
 class Second(Ranks):
-    """A process that is not the main one, with nobody to talk to."""
+    """A process that is not the main one, without connections."""
 
     main = property(lambda self: False)
 
@@ -115,7 +115,7 @@ def trainer_of(path: Path, task: Task | None = None, ranks: Ranks | None = None,
 
 
 def train(trainer: Trainer, stop_after: int | None = None) -> list[tuple[str, dict[str, float]]]:
-    """Train, or until a signal arrives in that step; what is logged."""
+    """Train to the end, or until a signal arrives in the given step, and return the logged records."""
     log, stop = Log(), StopRequest()
 
     def look() -> None:
@@ -131,7 +131,7 @@ def train(trainer: Trainer, stop_after: int | None = None) -> list[tuple[str, di
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still unless it is told: clock.now in seconds."""
+    """A clock that advances only by assignments to clock.now, in seconds."""
     clock = types.SimpleNamespace(now=1000.0)
     monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
     return clock
@@ -368,7 +368,7 @@ def test_what_a_checkpoint_takes(tmp_path):
 
 
 def of_losses(path: Path, losses: list[float], **options: Any) -> Trainer:
-    """A run with these losses, one a step."""
+    """Make a run with these losses, one for each step."""
     task = Parts()
     trainer = trainer_of(path, task, steps=len(losses), **options)
     part = task.model[0]
@@ -414,7 +414,7 @@ def test_an_interval_cut_short_is_not_the_best(tmp_path):
 
 
 def failing(monkeypatch, *, steps: dict[int, int]) -> list[tuple[str, int]]:
-    """Let so many attempts to save at each of these steps fail; all attempts, by file and step."""
+    """Make this many attempts to save fail at each of these steps, and return all attempts by file and step."""
     original, tried = loop.save_checkpoint, []
 
     def save(path: Path, state: dict[str, Any]) -> None:
@@ -601,7 +601,7 @@ def test_images_that_are_others(tmp_path, capsys):
 
 @pytest.fixture
 def alone(monkeypatch):
-    """Models as they are, where several processes would be connected."""
+    """Replace DistributedDataParallel by the model itself."""
     monkeypatch.setattr("cpc_ext.training.learner.DistributedDataParallel", lambda part, **options: part)
 
 
@@ -677,7 +677,7 @@ def test_batch_norm_of_several_ranks(tmp_path, alone, monkeypatch, capsys):
 
 
 class Line:
-    """In place of the connections to the processes before and after."""
+    """Stub of the connections to the previous and the next process."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.sent: list[list[float]] = []
@@ -699,7 +699,7 @@ class Line:
 
 
 class Member(Ranks):
-    """gathered: what the other process has measured, or passes to the main one."""
+    """One of two processes. gathered: what the other process measured, or passes to the main one."""
 
     gathered: Any = None
 

@@ -1,4 +1,4 @@
-"""The machine's device and precision, told without PyTorch: the same as PyTorch tells."""
+"""Detection of device and precision without PyTorch, against PyTorch's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ print(json.dumps([answers, "torch" in sys.modules]))
 
 
 def of_pytorch() -> list[str]:
-    """What PyTorch's own functions say."""
+    """Return the device and precision according to PyTorch's functions."""
     cuda = torch.cuda.is_available()
     device = "cuda" if cuda else "mps" if torch.backends.mps.is_available() else "cpu"
     cpu_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -49,7 +49,7 @@ def test_pytorch_would_say_the_same():
 
 
 class Driver:
-    """Stands for libcuda: of a version of CUDA, with devices of this compute capability, or one that does not start."""
+    """Stub of libcuda: with a version, a number of devices and their compute capability, or failing to initialise."""
 
     def __init__(self, *, version: int = 13000, devices: int = 1, capability: int = 9, broken: bool = False) -> None:
         self.version, self.devices, self.capability, self.broken = version, devices, capability, broken

@@ -1,4 +1,4 @@
-"""LARS by its formula, and what the options make."""
+"""LARS against its formula, and the optimizers that options select."""
 
 from __future__ import annotations
 

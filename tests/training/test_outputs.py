@@ -1,4 +1,4 @@
-"""What a run leaves: figures of images from all of a set, files that are equal where runs are, its own memory."""
+"""Outputs of a run: figures with images from the whole set, identical files of equal runs, and memory."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_classes_in_turn_are_not_met_in_step():
 
 @pytest.fixture
 def by_class(monkeypatch, tiny_dataset):
-    """Makes the test images of the tiny data set ones that are sorted by class: class c has pixels of 20 (c + 1)."""
+    """Replace the tiny data set's test images by images sorted by class; class c has pixels of 20 (c + 1)."""
     labels = np.repeat(np.arange(10), 12)
     noise = np.random.default_rng(0).integers(0, 9, (120, 3, 32, 32))
     images = (20 * (labels + 1))[:, None, None, None] + noise
@@ -51,7 +51,7 @@ def by_class(monkeypatch, tiny_dataset):
 
 
 def classes_of(images):
-    """The classes of images [N, ...] in 0..255."""
+    """Return the classes of images [N, ...] in 0..255."""
     return sorted({round(float(np.median(image)) / 20) - 1 for image in np.asarray(images)})
 
 

@@ -1,4 +1,4 @@
-"""Runs as processes of their own, ended the hard way."""
+"""Runs in separate processes that are killed or interrupted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PATIENCE_SECONDS = 60
 
 @pytest.fixture
 def start(start, tmp_path):
-    """start(*options) → a running `python -m cpc_ext.train` on a folder of noise."""
+    """A function: start(*options) starts `python -m cpc_ext.train` on a folder of noise, and returns the process."""
     rng = np.random.default_rng(0)
     for index in range(20):
         path = tmp_path / "images" / f"class{index % 2}" / f"{index}.png"

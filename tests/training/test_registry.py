@@ -1,4 +1,4 @@
-"""Models and data sets that are found by their names: every one has all that is asked of it."""
+"""Models and data sets are found by name, and each has everything that the registry requires."""
 
 from __future__ import annotations
 

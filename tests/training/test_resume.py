@@ -1,4 +1,4 @@
-"""Stopping and going on: a resumed run must end as if it had never stopped."""
+"""Resumption: a resumed run must end as if it had never stopped."""
 
 from __future__ import annotations
 

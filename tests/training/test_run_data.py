@@ -1,4 +1,4 @@
-"""What a run's data are when it goes on, or is measured."""
+"""The data of a run when it is resumed or evaluated."""
 
 from __future__ import annotations
 

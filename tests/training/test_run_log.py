@@ -1,4 +1,4 @@
-"""metrics.jsonl: what stays of it when a run goes on, and what is read of a file that is damaged."""
+"""metrics.jsonl: the lines kept when a run is resumed, and reading of damaged files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run says before it spends hours, or its defaults on data that they do not fit."""
+"""Warnings before a run that would take hours, or whose defaults do not fit the data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""--resume-from: a new run with the weights of another, whose options are its defaults."""
+"""--resume-from: a new run starts with the weights of another run, and takes its options as defaults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What decides a step besides the model: learning rate, number format, random numbers, running means and averages."""
+"""Parts of a step besides the model: learning rate, number format, random numbers, running means and averages."""
 
 from __future__ import annotations
 

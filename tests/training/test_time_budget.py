@@ -1,4 +1,4 @@
-"""A run's length from minutes: how a step is timed, what comes of it, and that the run is an ordinary one then."""
+"""A run's length given in minutes: timing of a step, the resulting number of steps, and an otherwise ordinary run."""
 
 from __future__ import annotations
 

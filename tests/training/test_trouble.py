@@ -1,4 +1,4 @@
-"""Losses that are not finite and disks that are full: what is kept, what is said."""
+"""Losses that are not finite, and full disks: kept files and messages."""
 
 from __future__ import annotations
 

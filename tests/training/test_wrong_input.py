@@ -1,4 +1,4 @@
-"""Files and numbers of the wrong type, size or shape: a clear error each, never a traceback, never a silent use."""
+"""Files and numbers of the wrong type, size or shape: each is a clear error, not a traceback or a silent use."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_what_a_run_writes_is_read(tmp_path, model, dataset):
 
 
 def _numbers():
-    """Every option that is a number, with a model that has it."""
+    """Yield every numeric option, with a model that has it."""
     found = {}
     for model in ("cpc-v1", "cpc-v2", "simclr", "pixelcnn++", "greedy-infomax", "cpc-audio", "greedy-infomax-audio"):
         tree = preset(model, default_dataset(model), device="cpu").model_dump()

@@ -1,4 +1,4 @@
-"""What tests of files share: a cache of their own, and recordings that are told apart by their level."""
+"""Fixtures of tests of recordings: a cache of their own, and recordings identified by their level."""
 
 import importlib
 from pathlib import Path
@@ -16,13 +16,13 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 
 def write(path: Path, level: int, samples: int = 1600) -> None:
-    """A recording of one value, at 16 kHz."""
+    """Write a recording of one constant value, at 16 kHz."""
     path.parent.mkdir(parents=True, exist_ok=True)
     importlib.import_module("soundfile").write(path, np.full(samples, level, np.int16), 16_000)
 
 
 def levels(waveforms: WaveformSet) -> dict[str, int]:
-    """The value that every recording has throughout, by its name."""
+    """Return the constant value of every recording, by its name."""
     found = {}
     for number, name in enumerate(waveforms.names):
         (level,) = set(waveforms.recording(number).tolist())

@@ -1,4 +1,4 @@
-"""Trees of recordings: speakers, splits, what is left out, and a cache that is checked, or made again."""
+"""Trees of recordings: speakers, splits, left-out files, and a cache that is checked and rebuilt."""
 
 import os
 import sys
@@ -22,7 +22,7 @@ def root(tmp_path):
 
 @pytest.fixture
 def builds(monkeypatch) -> list[int]:
-    """A list that grows by each decoding."""
+    """A list with one entry for each decoding."""
     counts: list[int] = []
     original = decoded.decode_files
 

@@ -1,4 +1,4 @@
-"""What a set of recordings is: parts that fit together, views of one array, and labels on LibriSpeech's grid."""
+"""Sets of recordings: consistent parts, views of one array, and labels on LibriSpeech's grid."""
 
 import numpy as np
 import pytest

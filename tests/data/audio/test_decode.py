@@ -1,4 +1,4 @@
-"""Files to int16 at 16 kHz: bit for bit where they are that, by the range of their type elsewhere, or a reason."""
+"""Decoding to int16 at 16 kHz: unchanged bits for such files, scaling by the type's range for others, or a reason."""
 
 import errno
 import os
@@ -103,7 +103,7 @@ def test_what_lies_beyond_is_cut_off(tmp_path):
 
 
 def cut(path, name) -> None:
-    """The first half of a file."""
+    """Write the first half of a sound file."""
     source = path.with_name(f"whole.{name}")
     soundfile.write(source, NOISE, RATE)
     path.write_bytes(source.read_bytes()[: source.stat().st_size // 2])

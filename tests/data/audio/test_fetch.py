@@ -1,4 +1,4 @@
-"""Batches of windows by where they begin: the right samples from memory and mapped files, errors outside the sound."""
+"""Batches of windows by their first samples: correct windows of memory and mapped files, errors outside the sound."""
 
 import numpy as np
 import pytest

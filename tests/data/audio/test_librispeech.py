@@ -1,4 +1,4 @@
-"""LibriSpeech's layout: where it is found, its split lists and labels, what is left out, and its fetching."""
+"""LibriSpeech's layout: the folders searched, split lists and labels, left-out files, and download."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ UTTERANCES = {
 
 @pytest.fixture
 def root(tmp_path) -> Path:
-    """LibriSpeech as it unpacks, with its lists beside it."""
+    """LibriSpeech as unpacked, with its lists next to it."""
     for name, (level, samples) in UTTERANCES.items():
         speaker, chapter, _ = name.split("-")
         write(tmp_path / "LibriSpeech" / "train-clean-100" / speaker / chapter / f"{name}.flac", level, samples)

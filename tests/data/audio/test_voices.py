@@ -1,4 +1,4 @@
-"""The embedded voices: repeatable, labelled where they sound, hard for a single frame and easier for several."""
+"""The synthetic voices: reproducible, labelled at the right times, hard to classify by one frame, easier by several."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from cpc_ext.data.audio.drawn.voices import PHONE_NAMES, PHONES, SPEAKERS, SPLIT
 
 @pytest.fixture(scope="module")
 def voices():
-    """Less of them than the data set has, so that drawing takes seconds."""
+    """Fewer utterances than the data set has, so that generating them takes seconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drawn, "SPLIT_SIZES", {"train": 5, "test": 2})
         return load_dataset("voices")
@@ -28,7 +28,7 @@ def frames(samples: np.ndarray) -> np.ndarray:
 
 
 def filters(count: int = 40) -> np.ndarray:
-    """Triangles on the mel scale from 0 to 8000 Hz, [257, count]."""
+    """Return triangular filters on the mel scale from 0 to 8000 Hz, [257, count]."""
     mels = np.linspace(0, 2595 * np.log10(1 + 8000 / 700), count + 2)
     edges = 700 * (10 ** (mels / 2595) - 1)
     low, middle, high = edges[:-2], edges[1:-1], edges[2:]

@@ -1,4 +1,4 @@
-"""Which windows meet in a batch: what each kind promises, exact resumption, shares of processes, what is left out."""
+"""Sampling of windows: the windows in a batch of each kind, exact resumption, processes' shares, left-out sound."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""What tests of data sets in files share."""
+"""Fixtures of tests of image data sets in files."""
 
 import io
 from pathlib import Path
@@ -10,7 +10,7 @@ from PIL import Image
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    """The folder that stands in for the user's cache."""
+    """A temporary folder in place of the user's cache."""
     place = tmp_path / "cache"
     monkeypatch.setenv("CPC_EXT_CACHE", str(place))
     return place

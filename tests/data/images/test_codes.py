@@ -1,4 +1,4 @@
-"""Codes in NumPy's files: as they are, of any number, with labels and parts, trained on and drawn as arrays."""
+"""Codes in NumPy's files: unchanged values of any size, labels and parts, training on them and sampling them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an image set refuses, the statistics, and loading by name."""
+"""Image sets: refused arguments, statistics, and loading by name."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Files of every mode to the right colours, and the reasons of those that cannot be decoded."""
+"""Decoding of image files of every mode to the right colours, and the reasons for files that cannot be decoded."""
 
 import io
 import struct

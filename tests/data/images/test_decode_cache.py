@@ -1,4 +1,4 @@
-"""The cache of decoded images: found by what tells that a file changed, on disk before its name, checked."""
+"""The cache of decoded images: its key changes with the files, it is synced before its rename, and it is checked."""
 
 import errno
 import json
@@ -38,7 +38,7 @@ def root(tmp_path):
 
 
 def means(root: Path) -> list[float]:
-    """Red of all training images."""
+    """Return the mean red of each training image."""
     return load_folder(root).pretrain.images[:, 0].mean((1, 2)).tolist()
 
 
@@ -47,7 +47,7 @@ EXPECTED = [float(number + 1) for number in range(40)]
 
 @pytest.fixture
 def builds(monkeypatch) -> list[int]:
-    """A list that grows by each decoding."""
+    """A list with one entry for each decoding."""
     counts: list[int] = []
     original = decode_cache.decode_all
 

@@ -1,4 +1,4 @@
-"""Batches by index: the right images whatever the memory layout, and clear errors outside the set."""
+"""Batches by index: the right images with any memory layout, and clear errors for indices outside the set."""
 
 import numpy as np
 import pytest

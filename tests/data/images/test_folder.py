@@ -50,7 +50,7 @@ def load(root: Path, **options):
 
 
 def builds(monkeypatch) -> list[int]:
-    """A list that grows by each decoding of a whole tree."""
+    """A list with one entry for each decoding of a whole tree."""
     decoded = []
     original = decode_cache.decode_all
 

@@ -1,4 +1,4 @@
-"""Data sets that Python hands over: what an item may be, where it is kept, what is refused."""
+"""Data sets given as Python objects: forms of items, where they are kept, and refused ones."""
 
 import resource
 import signal
@@ -20,7 +20,7 @@ X, Y = pictures(30, 20, 18, 3), np.arange(30) % 3
 
 
 class Pictures(Dataset):
-    """A data set as torchvision has them. form: from an array and its label to an item."""
+    """A data set in torchvision's form. form: function that makes an item of an array and its label."""
 
     classes = ("ant", "bee", "cow")
 
@@ -160,7 +160,7 @@ def test_classes_by_whoever_knows_them():
 
 
 def class_label(names):
-    """What Hugging Face's data sets say of a column of classes."""
+    """Return the feature by which Hugging Face's data sets declare a column of classes."""
     return type("ClassLabel", (), {"names": names})()
 
 
@@ -168,7 +168,7 @@ IMAGES = type("Image", (), {})()  # And of one of images.
 
 
 class Columns:
-    """A data set that says the types of its columns, as Hugging Face's do."""
+    """A data set that declares the types of its columns, as Hugging Face's do."""
 
     def __init__(self, columns, features):
         self.columns, self.features = columns, features

@@ -1,4 +1,4 @@
-"""What Hugging Face's datasets keeps on disk: files that version 5.2 of it wrote, and such as pyarrow makes."""
+"""Files of Hugging Face's datasets: some written by its version 5.2, others made with pyarrow."""
 
 import json
 import shutil

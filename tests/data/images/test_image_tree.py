@@ -1,4 +1,4 @@
-"""Which files of a tree are images, to train or to test on, whatever the folders' names, links and special files."""
+"""Search of trees for images to train and to test on, with all kinds of folder names, links and special files."""
 
 import os
 import socket
@@ -28,12 +28,12 @@ def some(folder: str, count: int = 2) -> list[str]:
 
 
 def split(tree: FileTree) -> tuple[set[str], set[str]]:
-    """Folders of training and of test images."""
+    """Return the folders of the training and of the test images."""
     return ({file.path.rpartition("/")[0] for file in tree.train}, {file.path.rpartition("/")[0] for file in tree.test})
 
 
 def labels(tree: FileTree) -> dict[str, str]:
-    """The class of the images of each folder."""
+    """Return the class of each folder's images."""
     return {file.path.rpartition("/")[0]: file.label for file in (*tree.train, *tree.test)}
 
 

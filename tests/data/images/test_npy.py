@@ -1,4 +1,4 @@
-"""Arrays in .npy and .npz files: which is which, what is mapped, what is converted and held out, what is refused."""
+"""Arrays in .npy and .npz files: roles by name, mapped and converted arrays, held-out images, and refused files."""
 
 import warnings
 
@@ -15,7 +15,7 @@ X, Y = pictures(40, 20, 20, 3), np.arange(40) % 4
 
 
 def quiet(path, **options):
-    """The data set, of which nothing is to be said."""
+    """Load the data set, and require that it does so without a warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return load_dataset("npy", path, **options)

@@ -1,4 +1,4 @@
-"""PatchAugmentation: what is drawn how often, within which ranges, and what can be switched off."""
+"""PatchAugmentation: the frequency of each transform, ranges of the draws, and switching off."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def draw(seed=0, grid=GRID, patch_size=16, channels=3, **options) -> Augmentatio
 
 
 def share(plan: AugmentationPlan, transform: Transform) -> float:
-    """The share of the patches that get a transform."""
+    """Return the share of patches that get a transform."""
     return (plan.codes == transform).any(-1).float().mean().item()
 
 
 def parameters_of(plan: AugmentationPlan, transform: Transform) -> torch.Tensor:
-    """[M, 3] of all occurrences."""
+    """Return the parameters of all occurrences of a transform, [M, 3]."""
     return plan.parameters[plan.codes == transform]
 
 

@@ -1,4 +1,4 @@
-"""One image in every form that it comes in, and labels."""
+"""Conversion of images from every supported form, and of labels."""
 
 import numpy as np
 import pytest

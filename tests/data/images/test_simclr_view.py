@@ -1,4 +1,4 @@
-"""SimCLR's views: each transform against Pillow, colorsys or a closed form, and what is drawn for whom."""
+"""SimCLR's views: each transform against Pillow, colorsys or a closed form, and the random draws for each image."""
 
 from __future__ import annotations
 

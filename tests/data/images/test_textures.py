@@ -1,4 +1,4 @@
-"""The embedded textures: repeatable, balanced, and beyond a linear classifier on pixels, colours or histograms."""
+"""The synthetic textures: reproducible, balanced, and not linearly separable by pixels, colours or histograms."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def histograms(images: np.ndarray) -> np.ndarray:
 
 
 def spectra(images: np.ndarray) -> np.ndarray:
-    """Not first-order: the power spectrum on circles, which rotation and position leave alone."""
+    """Return the logarithms of the 200 largest magnitudes of the spectrum: not first-order, and free of position."""
     gray = np.einsum("nchw,c->nhw", images.astype(np.float32), GRAY)
     gray = (gray - gray.mean((1, 2), keepdims=True)) / gray.std((1, 2), keepdims=True)
     power = np.sort(np.abs(np.fft.rfft2(gray)).reshape(len(gray), -1), axis=1)[:, ::-1]

@@ -12,7 +12,7 @@ IMAGES = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (64, 3, 10, 
 
 
 def windows(patches: torch.Tensor) -> torch.Tensor:
-    """Patches of a one-patch grid as windows of pixels 0..255."""
+    """Convert the patches of one-patch grids to windows of pixels in 0..255."""
     assert patches.shape[1:3] == (1, 1)
     return (patches[:, 0, 0] * 255).round().to(torch.uint8)
 

@@ -1,4 +1,4 @@
-"""WebDataset's shards: what a sample is, splits, what is left out, damaged archives."""
+"""WebDataset's shards: samples, splits, left-out files, damaged archives."""
 
 import io
 import json

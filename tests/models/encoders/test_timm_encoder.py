@@ -1,4 +1,4 @@
-"""Backbones of timm as encoders: real ones where timm is installed, and what is said where it is not."""
+"""Backbones of timm as encoders: real ones if timm is installed, and the error if it is not."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The encoder of sound: its layers, where its frames are, and what it takes."""
+"""The waveform encoder: its layers, the positions of its frames, and its input."""
 
 import pytest
 import torch

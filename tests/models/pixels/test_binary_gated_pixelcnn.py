@@ -1,4 +1,4 @@
-"""The gated PixelCNN of binary images: who sees whom, likelihoods that sum to one, and images drawn from them."""
+"""The gated PixelCNN of binary images: causality, likelihoods that sum to one, and sampling."""
 
 from __future__ import annotations
 

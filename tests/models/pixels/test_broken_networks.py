@@ -21,7 +21,7 @@ MODELS = {
 
 @pytest.fixture(params=["kernel", "tensors"])
 def runner(request, monkeypatch):
-    """PixelCNN++'s steps by the CPU's kernel and tensor by tensor, as on other devices."""
+    """Run PixelCNN++'s steps by the CPU's kernel, and by tensor operations as on other devices."""
     if request.param == "tensors":
         monkeypatch.setattr(stream_features, "pixel_steps", _ReferenceSteps)
 

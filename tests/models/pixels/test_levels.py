@@ -1,4 +1,4 @@
-"""PixelCNNs of other values than images have: fewer levels, and codes without order, as a VQ-VAE's."""
+"""PixelCNNs of values other than pixels: fewer levels, and codes without an order, such as a VQ-VAE's."""
 
 from __future__ import annotations
 

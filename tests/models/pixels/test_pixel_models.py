@@ -1,4 +1,4 @@
-"""PixelCNN and GatedPixelCNN: what a value's logits see, what the likelihood is, and which input is refused."""
+"""PixelCNN and GatedPixelCNN: receptive fields of logits, likelihood, and refused input."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def model_of(kind, colors, layers=2, **arguments):
 def seen_by(model, size):
     """seen[c, y, x, k, i, j]: whether logits of colour c at (y, x) depend on colour k at (i, j).
 
-    Without ReLUs, which would hide some of what is seen from some of the gradients.
+    ReLUs are removed, because they set some gradients to zero.
     """
     for module in model.modules():
         if getattr(module, "activation", None) == "relu":

@@ -1,4 +1,4 @@
-"""Sampling: kept features give what the whole network gives, and what is asked for is kept, drawn or refused."""
+"""Sampling with cached features agrees with the whole network; known pixels, drawn pixels, and refused arguments."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ MIXTURE = ("++", "++ of classes", "++ by tensors", "++ of classes by tensors")
 def kind(request, monkeypatch):
     """The name of a model, made by :func:`model_of`.
 
-    Its steps run by tensors where it says so, as on other devices; emulated, by CUDA's kernel, blocks sharing images.
+    The name may say that steps run by tensor operations, as on other devices, or by CUDA's emulated kernel, whose
+    blocks share images.
     """
     if request.param.endswith("emulated"):
         emulated = request.getfixturevalue("emulated_native")

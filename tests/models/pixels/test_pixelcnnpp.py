@@ -1,4 +1,4 @@
-"""PixelCNNPP: what a pixel's mixture sees, what the likelihood is, how it starts, and which input is refused."""
+"""PixelCNNPP: receptive field of a pixel's mixture, likelihood, initialization, and refused input."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ __all__ = ["ByHand", "contrast_by_hand"]
 
 
 class ByHand(NamedTuple):
-    """The losses [*, M], between which ranks [*, M] may lie where scores are rounded, and who has a positive [*, M]."""
+    """Losses, bounds on the ranks of rounded scores (least, most), and whether a query has a positive, all [*, M]."""
 
     losses: Tensor
     least: Tensor
@@ -68,7 +68,7 @@ class _Entry:
                 self.contrasting[n].append(m)
 
     def _sets(self, m: int) -> tuple[list[int], list[int]]:
-        """The positives P and the contrasted keys C of query m; sampled ones as often as they were drawn."""
+        """Return the positives P and the contrasted keys C of query m; sampled keys as often as they were drawn."""
         of_query = {name: values[m] for name, values in self.lists.items() if values is not None}
         positives = set() if self.measure == "log_sum" else set(of_query.get("targets", [m])) - {-1}
         begin, end = of_query.get("key_range", (0, len(self.keys)))
@@ -87,7 +87,7 @@ class _Entry:
         return sorted(positives), [n for n in candidates if contrasted(n)]
 
     def scores(self, rows: list[int], columns: list[int]) -> Tensor:
-        """Those of pairs, [len(rows)]; nothing else is looked at, which may hold what is no number."""
+        """Compute the scores of pairs, [len(rows)]. Other rows and columns, which may hold NaN, are not read."""
         if not rows:
             return self.queries.new_zeros(0)
         scores = self.options.get("scale", 1.0) * (self.queries[rows] * self.keys[columns]).sum(-1)

@@ -1,4 +1,4 @@
-"""Problems for the ops that contrast, with any of their options, and what comes of them by hand."""
+"""Random problems for the contrastive ops, with any of their options, and their results computed by hand."""
 
 from __future__ import annotations
 
@@ -47,9 +47,10 @@ class Results:
 
 @dataclass
 class Problem:
-    """Arguments on the CPU: ``learns``, tensors in which gradients are taken, in their own types, and ``given``.
+    """Arguments of an op on the CPU.
 
-    Where no keys learn, the queries are contrasted with each other.
+    learns: tensors that require gradients, in their own types. given: other arguments. If learns has no keys, the
+    queries are contrasted with each other.
     """
 
     learns: dict[str, Tensor]
@@ -61,7 +62,7 @@ class Problem:
         return {"keys": inputs["queries"]} | inputs | {name: on(device, value) for name, value in self.given.items()}
 
     def run(self, device: torch.device, reduction: str = "mean", wanted: tuple[str, ...] | None = None) -> Results:
-        """What the op gives; gradients of all that learns, or of what is wanted."""
+        """Run the op, with the gradients of all tensors in learns, or of the wanted ones."""
         arguments = self.arguments(device)
         for name in self.learns:
             arguments[name].requires_grad_(wanted is None or name in wanted)
@@ -73,7 +74,7 @@ class Problem:
         return Results(loss.detach(), accuracy, rank, dict(zip(inputs, gradients, strict=True)))
 
     def exactly(self, reduction: str = "mean", *, by_reference: bool = False) -> tuple[Results, ByHand]:
-        """What comes of it by hand in float64, or by the reference, where loops would take long."""
+        """Compute the results by hand in float64, or by the reference if loops would take long."""
         exact = {name: tensor.detach().double().requires_grad_() for name, tensor in self.learns.items()}
         options = {"keys": exact["queries"]} | self.given | exact
         if by_reference:
@@ -89,7 +90,7 @@ class Problem:
         return Results(loss.detach(), None, None, _gradients(loss, exact)), result
 
     def check(self, device: torch.device, reduction: str = "mean", *, by_reference: bool = False) -> None:
-        """The op's results are those by hand."""
+        """Assert that the op's results equal those by hand."""
         actual = self.run(device, reduction)
         expected, by_hand = self.exactly(reduction, by_reference=by_reference)
         double = self.learns["queries"].dtype == torch.float64
@@ -148,7 +149,7 @@ def _by_reference(arguments: dict[str, Any], inputs: dict[str, Tensor], reductio
 
 
 def _weights(by_hand: ByHand, weights: Tensor | None) -> Tensor:
-    """A query without a positive has none."""
+    """Return the weights of queries, 0 for those without a positive."""
     return by_hand.present.double() if weights is None else torch.where(by_hand.present, weights.detach().double(), 0)
 
 
@@ -163,7 +164,7 @@ def reduced(result: ByHand, weights: Tensor | None, reduction: str) -> Tensor:
 
 
 def _upstream(loss: Tensor) -> Tensor:
-    """Gradients of a loss: none where it is the log of nothing, else like no other's."""
+    """Return upstream gradients of a loss, all different, and 0 where the loss is the logarithm of an empty sum."""
     upstream = torch.linspace(0.5, 1.5, loss.numel(), dtype=torch.float64, device=loss.device).reshape(loss.shape)
     return torch.where(loss.detach().isneginf(), 0, upstream)
 
@@ -188,17 +189,17 @@ def draw(
     seed: int = 0,
     **given: Any,
 ) -> Problem:
-    """A problem of ``shape``, M queries and N keys of D features, with the options that are asked for.
+    """Draw a problem of M queries and N keys of D features, with the requested options.
 
     Args:
         shape: M, N, D.
-        targets: one positive each; ``positives`` of them, some absent, some twice, and none at all of a query;
-            ``permuted``: each key once.
-        excluded: keys of each query, 0 for a tensor [*, M]; no positives.
-        ranges: some empty, some whole, of any length; many without the positives.
-        contrast: with groups of which a query's may have no key; their numbers agree in their low 32 bits.
-        bias: the type of biases.
-        scale: a tensor learns.
+        targets: one positive for each query; ``positives`` of them, some absent, some twice, and none at all for one
+            query; ``permuted``: each key is a positive once.
+        excluded: number of excluded keys of each query, 0 for a tensor [*, M]; they are not positives.
+        ranges: key ranges, some empty, some whole, of any length; many do not contain the positives.
+        contrast: contrast by groups; a query's group may have no key, and group numbers agree in their low 32 bits.
+        bias: dtype of biases.
+        scale: a tensor requires a gradient.
         alone: the queries are their own keys; ``permuted`` then makes pairs of them, each the other's positive.
     """
     num_queries, num_keys, dim = shape

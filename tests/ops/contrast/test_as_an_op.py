@@ -1,4 +1,4 @@
-"""The ops that contrast as ops of PyTorch: checked by its own tools, traced, exported, under autocast and vmap."""
+"""The contrastive ops as PyTorch ops: opcheck, tracing, export, autocast and vmap."""
 
 from __future__ import annotations
 

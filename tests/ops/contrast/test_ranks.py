@@ -1,4 +1,4 @@
-"""Ranks and accuracies: equal keys tie, wherever they lie, and a tie is no hit."""
+"""Ranks and accuracies: equal keys tie at any position, and a tie counts as a miss."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.ops.contrast.draw import DTYPES, draw
 
 
 def run(queries, keys, measure, thresholds=None, **options) -> Results:
-    """The op as a ring has it: with the best positives' scores, and thresholds where there are no positives."""
+    """Run the op as in a ring of ranks: returns the best positives' scores, or takes them as thresholds."""
     problem, _ = flat_problem(queries, keys, ContrastOptions(**options), measure)
     thresholds = None if thresholds is None else thresholds.unsqueeze(0)
     return Results(*contrast_op(*problem, None, thresholds, "none", [False] * 5 + [True]))
@@ -22,7 +22,7 @@ def run(queries, keys, measure, thresholds=None, **options) -> Results:
 
 @pytest.fixture
 def every(request: pytest.FixtureRequest) -> int:
-    """One in so many shapes or places is tried: emulated one in seven, which divides none of their numbers."""
+    """The step between tested shapes or positions: 7 on the emulated device, which divides none of their numbers."""
     return 7 if request.node.callspec.params["device"] == "emulated" else 1
 
 
@@ -143,7 +143,7 @@ def test_log_sums_and_ranks_of_parts_of_the_keys(device, dtype, options):
     ranges = arguments.pop("key_range", None)
 
     def of(name, part, thresholds=None, **more):
-        """The op on a part of the keys."""
+        """Run the op on a part of the keys."""
         begin, end = part
         given = {key: value for key, value in arguments.items() if key not in ("key_bias", "groups")} | more
         if "key_bias" in arguments:

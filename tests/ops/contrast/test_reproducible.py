@@ -1,4 +1,4 @@
-"""The same bits whenever and on however many threads, and no more memory than queries and keys take."""
+"""Results are bitwise reproducible with any number of threads, and take no more memory than queries and keys."""
 
 from __future__ import annotations
 

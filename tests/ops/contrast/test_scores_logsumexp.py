@@ -1,4 +1,4 @@
-"""scores_logsumexp against contrasts written out by hand, and what can be made of it."""
+"""scores_logsumexp against contrasts written out by hand, and losses composed of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sizes at which the kernels' blocks of queries and keys end, and those with nothing in a dimension."""
+"""Sizes at the edges of the kernels' blocks of queries and keys, and empty dimensions."""
 
 from __future__ import annotations
 

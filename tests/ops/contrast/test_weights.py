@@ -1,4 +1,4 @@
-"""What queries weigh, and the mean or sum of their losses: our own calls, around which PyTorch launches nothing."""
+"""Weights of queries, and the mean or sum of their losses: computed by our own calls, without launches of PyTorch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def draw(batch, rows, places, dtype, device):
 
 
 def by_hand(targets, weights, *, mean):
-    """In float64, row by row."""
+    """Compute losses in float64, row by row."""
     shape = weights.shape if targets is None else targets.shape[:-1]
     expected = torch.ones(shape, dtype=torch.float64) if weights is None else weights.double().cpu().clone()
     if targets is not None:

@@ -1,4 +1,4 @@
-"""What the ops that contrast refuse, by name; on devices whose values are not at hand, rows that are no number."""
+"""Wrong arguments of the contrastive ops: errors that name them, or NaN rows on devices whose values are not read."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_a_positive_that_is_excluded(device, request, samples, place):
 
 
 def assert_one_row_is_no_number(device, request, wrong, right, row, error, message):
-    """A wrong problem's results are those of the right one but for that row, or it is refused by this message."""
+    """Assert that a wrong problem gives NaN in that row and right results elsewhere; on the CPU, that it is refused."""
     if request.node.callspec.params["device"] == "cpu":
         with pytest.raises(error, match=message):
             wrong.run(device)
