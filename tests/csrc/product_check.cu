@@ -35,7 +35,7 @@ struct Size {
   int64_t rows, columns, depth;
 };
 
-// A number in the environment.
+// Returns the number in an environment variable.
 int64_t variable(const char* name, int64_t otherwise) {
   const char* const text = std::getenv(name);
   return text != nullptr ? std::strtoll(text, nullptr, 10) : otherwise;
