@@ -22,7 +22,7 @@ from tests.training.conftest import SHORT, SMALL
 
 TWO_VIEWS = ("--view-size", "24", "--center-scale", "1.5", "--projection-channels", "8")
 RUNS = {
-    # What is logged on the way is a list in summary.json, and no result.
+    # Probes during training are a list in summary.json, which is not a result.
     "cpc-v1": (
         *("--crop", "24", "--grid-size", "5", "--pred-steps", "2", "--context-layers", "1", "--probe-every", "4"),
     ),

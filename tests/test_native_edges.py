@@ -290,7 +290,7 @@ def waveform_layer(m, *, batch=2, channels=3, frames=20, norm=True, backward=Fal
 
 
 CALLS: dict[str, tuple[Callable, dict, dict]] = {
-    # Name: caller, what it always gets, sizes with the values they are tried at besides the usual.
+    # Name: caller, fixed arguments, and sizes with the values to try besides the usual ones.
     "extract_patches": (extract, {}, {"batch": [0, 1], "channels": [0], "side": [0], "patch": [0, 8], "stride": [0]}),
     "extract_patches normalised": (extract, {"norm": True}, {"batch": [0], "channels": [0]}),
     "extract_patches gray": (extract, {"gray": True}, {"batch": [0], "channels": [0, 1]}),
@@ -438,7 +438,7 @@ CALLS: dict[str, tuple[Callable, dict, dict]] = {
         {name: [0] for name in ("batch", "height", "width", "channels", "outputs", "count")} | {"taps": [()]},
     ),
 }
-# What is no problem at all: the functions say what they miss.
+# Sizes that make no valid problem, and the functions' errors.
 ERRORS = {
     ("patch", 0): "patch_size must be at least 1",
     ("stride", 0): "stride must be (at least 1|in 1\\.\\.)",

@@ -57,14 +57,14 @@ def test_a_race(monkeypatch, capsys, photos, tmp_path):
     assert json.loads(out.read_text())["results"][2]["config"]["simclr"]["norm"] == "layer"
     assert "| SimCLR, `--norm layer` | 0.01 |" in said
 
-    # Where others work on the machine, steps are given in place of minutes.
+    # On a busy machine, --steps can replace minutes.
     said = race(monkeypatch, capsys, photos, out, "--minutes", "0", "--methods", "simclr", "--options", "--steps 3")
     by_steps = json.loads(out.read_text())["results"][3]
     assert by_steps["steps"] == 3
     assert by_steps["processor_seconds"] > 0
     assert "| SimCLR, `--steps 3` |  |" in said
 
-    # What is there is not run again, and what fails is told and tried again next time.
+    # Existing results are not run again; failures are reported, and retried the next time.
     before = json.loads(out.read_text())["results"]
     monkeypatch.setattr(accuracy, "RUN", tmp_path / "no_such_program.py")
     said = race(

@@ -31,7 +31,7 @@ from cuda_pytorch import cases_by_key, eager_steps, surrounding_launches
 A100, H100, RTX_4090 = MACHINES["A100"], MACHINES["H100"], MACHINES["RTX 4090"]
 
 
-# --- What is known: counts by hand, from each algorithm's tiles ---
+# --- Known kernels: counts by hand, from each algorithm's tiles ---
 
 
 def product_of_ampere(n):
@@ -58,7 +58,7 @@ def product_of_ampere(n):
         unique_written_bytes=n * n * 2,
         written_sectors=n * n * 2 / 32,
     )
-    loop = 4 * (32 + 8) + 12 + 20  # Products, loads, copies, and what counts and jumps.
+    loop = 4 * (32 + 8) + 12 + 20  # Products, loads, copies, and instructions that count and jump.
     return launch, Code(registers=230, loop=loop, tensor=4 * 32, barriers=1, loads=12, ahead=1, reads_ahead=True)
 
 
@@ -167,7 +167,7 @@ def test_published_figures_are_met_within_a_quarter(machine, counted, work, publ
     assert 0.75 <= predicted / published <= 1.25, f"{predicted:.3g} predicted, {published:.3g} published"
 
 
-# --- What the model is made of ---
+# --- Parts of the model ---
 
 
 def test_queues_between_one_job_and_very_many():
@@ -221,7 +221,7 @@ def test_terms_and_what_bounds():
     assert hidden.seconds < 0.9 * slow.seconds
     empty = predict_launch(A100, Launch(kernel="empty", grid=1, block=32, instructions=1), Code())
     assert empty.bound == "launch"
-    # Its pause, and one latency until a block has what it begins with.
+    # The pause before the launch, and one latency until a block has its first values.
     assert empty.seconds == pytest.approx(A100.launch + A100.latency_l2 / A100.clock, rel=0.01)
     exponentials = replace(product_launch(108 * 40), mma={}, transcendentals=1e9)
     special = predict_launch(A100, exponentials, Code())
@@ -455,7 +455,7 @@ def test_predictions_of_one_gpu_are_not_put_beside_times_of_another(tmp_path, mo
 
 
 def test_workspaces_are_filled_before_some_blocks_are_traced(monkeypatch):
-    # Else what is counted hangs on what memory held: kernels skip loads where a weight of another block is zero.
+    # Otherwise counts would depend on old memory: kernels skip loads where a weight of another block is zero.
     for name in ("CPC_EMULATION_SHARED_KIB", "CPC_EMULATION_MULTIPROCESSORS"):
         monkeypatch.setenv(name, os.environ.get(name, "132"))  # The program sets them for good.
     cuda_traffic = importlib.import_module("cuda_traffic")

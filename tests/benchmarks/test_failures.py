@@ -34,7 +34,7 @@ def test_a_gallery(monkeypatch, capsys, tmp_path):
     chosen = ["--failures", "negatives", "rate", "--steps", "8", "--seed", "3"]
     monkeypatch.setattr(sys, "argv", ["failures.py", *chosen, "--out", str(out)])
     failures.main(failures.parse_arguments())
-    # What both are compared with is run once.
+    # The run with which both are compared is made once.
     shared = ("--model", "cpc-v1", "--steps", "8", "--seed", "3")
     assert made == [
         ("--model", "cpc-v1", "--neg-samples", "1", *shared[2:]),

@@ -195,5 +195,5 @@ def test_greedy_memory_of_modules_in_turn():
         "first": peak_extra_bytes(lambda: next(model.outputs(patches)).loss.backward(), "cpu"),
     }
     assert peaks["in turn"] < 1.05 * peaks["first"]
-    # Where the later stacks run on the convolution's kernel they keep no ReLUs, and thus less than the first.
+    # If the later stacks run on our convolution kernel, they store no ReLU outputs, and so less than the first stack.
     assert peaks["in turn"] < 0.85 * peaks["kept"]

@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[2]
 USERS_PAGES = ("README.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))))
 PAGES = (*USERS_PAGES, "CONTRIBUTING.md", "ARCHITECTURE.md", "CHANGELOG.md", "python/benchmarks/README.md")
 
-# What a page's Python takes seconds or a GPU for, in place of what the page says.
+# Replacements in a page's Python that make it quick, or let it run without a GPU.
 SMALLER = {
     "docs/data.md": [('"cuda"', '"cpu"')],
     "docs/library.md": [
@@ -60,7 +60,7 @@ RUNS = {
     "docs/pixel_models.md": {"RUN": ("gated-pixelcnn", "textures")},
     "docs/speech.md": {"RUN": ("cpc-audio", "audio-folder")},
 }
-# The side in pixels of the images in the folder that a page calls photos, by which defaults are chosen.
+# Side in pixels of the images in the folder that a page calls photos, which determines defaults.
 PHOTOS = {"docs/results.md": 32}
 # Commands that no parser of ours or of a library takes, and why nothing else is done with them.
 NOT_TRIED = {
@@ -225,7 +225,7 @@ def test_python(page, place, request):
         assert tuple(namespace[name].shape) == expected, name
 
 
-# What comments in the snippets say of shapes, of the sizes in SMALLER.
+# The shapes that comments in the snippets state, for the sizes in SMALLER.
 EXPECTED = {
     "README.md": {"patches": (16, 6, 6, 1, 16, 16), "features": (16, 256)},
     "docs/checkpoints.md": {"contexts": (2, 12, 128), "features": (4, 256)},

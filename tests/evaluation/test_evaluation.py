@@ -108,7 +108,7 @@ def test_label_budgets_as_text():
     assert [str(budget) for budget in parse_label_budgets("10, 0.5%,100%,10")] == ["10", "0.5%", "100%"]
 
 
-# ---- What learns from them ----
+# ---- Methods that learn from labels ----
 
 
 @pytest.mark.parametrize("neighbours", [1, 4, 200])

@@ -95,7 +95,7 @@ def test_passes_over_the_chosen_images_alone():
     few = Eyes()
     tune(few, Scaled(), chosen=[5, 25, 26], least=4)
     assert [sorted(batch) for batch in few.trained] == [[5, 25, 26]] * 4
-    # What features are like is told by the same images; then come those of the test.
+    # The statistics of features come from the same images; after that come the test images.
     assert few.looked == [[5, 25, 26], [3, 33, 200]]
     assert task.trained[:2] != task.trained[2:4]
 

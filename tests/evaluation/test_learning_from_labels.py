@@ -18,7 +18,7 @@ from cpc_ext.evaluation.options import EvaluationOptions
 from cpc_ext.measures.label_subsets import LabelBudget
 from cpc_ext.training.errors import TrainingError
 
-# ---- What is counted ----
+# ---- Accuracies ----
 
 
 def test_top1_top5_and_confusion():
@@ -177,7 +177,7 @@ def test_length(tuned, epochs, least, images, steps):
     assert recipe.steps(images) == steps
     found = tuned(recipe, images)
     assert len(found.rates) == len(found.task.batches) == steps
-    # None is of one image, which the batch before makes two of.
+    # No batch has a single image: it gets one of the previous batch's.
     assert max(size for size, _ in found.task.batches) == (31 if images == 33 else min(images, 32))
     # An epoch has every image once.
     per_epoch = -(-images // 32)

@@ -87,7 +87,7 @@ def test_comparison(started, tmp_path, capsys):
     assert (tmp_path / "comparison.md").read_text() in capsys.readouterr().out
     Image.open(tmp_path / "comparison.png").load()
 
-    # What is complete is kept; a longer comparison goes on with it.
+    # Complete runs are kept; a longer comparison continues them.
     assert compare(tmp_path) == 0
     assert len(started) == 3
     assert compare(tmp_path, length=("--steps", "4")) == 0

@@ -26,7 +26,7 @@ EXACT = {"atol": 1e-10, "rtol": 0}
 Call = Callable[[Any, dict[str, Tensor]], Tensor]  # How a loss is called with named tensors, theirs or ours.
 
 LABELS = torch.tensor([3, 1, 3, -7, 1, 1, 0, 9])
-# How much a sample is another's positive: not symmetric, none for the sample 3, and of some weights.
+# Weight with which a sample is another's positive: not symmetric, 0 for sample 3, with several values.
 MASK = torch.tensor([0.0, 1, 0.5, 0, 0.25]).repeat(13)[:64].view(8, 8).index_fill(0, torch.tensor(3), 0)
 
 

@@ -9,7 +9,7 @@ from cpc_ext.nn import MultipleNegativesRankingLoss
 EXACT = {"atol": 1e-12, "rtol": 0}
 ALL_DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 BOTH_WAYS = ("query_to_doc", "doc_to_query")
-# How many hard negatives each anchor has, and options.
+# Number of hard negatives of each anchor, and options.
 CASES = {
     "pairs": (0, {}),
     "hard": (2, {}),

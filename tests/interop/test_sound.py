@@ -25,7 +25,7 @@ CHECKPOINTS = {
     "cpc_audio_lstm_linear": ({}, CPC, "cpc_audio_lstm_linear"),
     "cpc_audio_hub_form.pt": ({}, CPC, "cpc_audio_lstm_linear"),
 }
-# What CPC_audio contrasts with.
+# CPC_audio's sampling of negatives.
 SHIFTED = {"sampling": "shifted", "common_positions": True, "pred_steps": 2}
 
 
@@ -79,7 +79,7 @@ def test_files_that_the_programs_load(name, tmp_path):
     save_reference(read.model, source_of(name), tmp_path / "checkpoint_7.pt", form=read.form)
 
     content = torch.load(tmp_path / "checkpoint_7.pt", weights_only=True)
-    # Only the log of a run of Greedy InfoMax tells how many negatives it has.
+    # Only the log of a run of Greedy InfoMax states its number of negatives.
     told = {"neg_samples": 4} if "normalization" in settings else {}
     given = read_reference(tmp_path, source_of(name), **settings, **told)
     torch.testing.assert_close(*features_of(given.model, features), atol=1e-6, rtol=0)
@@ -142,7 +142,7 @@ def test_written_again_they_are_the_same(path):
     written = export_reference(read.model, read.source, form=read.form)
     assert written.keys() == given.keys()
     assert all(torch.equal(written[key], value) for key, value in given.items())
-    # What the program keeps without learning it, we know as well.
+    # Our export also has the program's constants, which are not learned.
     complete = export_reference(read.model, read.source)
     for key, value in given.items():
         name = key if read.source == "cpc-audio" else f"module.{key}"

@@ -25,7 +25,7 @@ def clouds(count: int, seed: int, *, distance: float = 3.0, classes: int = 3, si
     return torch.randn(count, size, generator=generator) + distance * torch.eye(size)[labels], labels
 
 
-# What all of them refuse, and where they may be called.
+# Arguments that all of them refuse, and contexts in which they may be called.
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -244,7 +244,7 @@ def test_a_class_without_enough_labels_is_named():
         assert len(budget.subset(labels, ("cat", "dog", "owl"), seed=0, draw=0)) == 3
 
 
-# How long fine-tuning takes.
+# The number of updates of fine-tuning.
 
 
 @pytest.mark.parametrize(

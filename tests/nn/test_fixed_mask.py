@@ -51,7 +51,7 @@ def grids():
     return features(3).view(1, 2, 3, 4, 4), features(3).flip(0).view(1, 2, 3, 4, 4)
 
 
-# What makes a module, and what it gives.
+# Functions that make a module, and that compute its output.
 CASES = {
     **{
         f"conv-{name}": (

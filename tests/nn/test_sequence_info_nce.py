@@ -254,7 +254,7 @@ def test_predictors_see_no_context_to_come(predictor, common):
     for network in objective.predictors:
         made = network(contexts)
         assert made.shape == (1, L - K, objective.encoding_channels)
-        # What is normalised has a sum of zero.
+        # Squared and weighted, as normalised values sum to zero.
         (slope,) = torch.autograd.grad(made[0, 3].square() @ torch.arange(made.shape[2]).double(), contexts)
         seen = slope[0].abs().sum(1) > 0
         first = {"ffd": 3, "conv4": 0, "conv8": 0, "conv12": 0}.get(predictor, 0)

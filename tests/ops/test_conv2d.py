@@ -10,7 +10,7 @@ from torch import Tensor
 from cpc_ext.ops import conv2d, masked_conv2d
 from cpc_ext.ops.conv2d import conv2d_passing, conv2d_reference
 
-# Half a unit in the last place of a type: what rounding a result to it costs.
+# Half a unit in the last place of a type: the error of rounding a result to it.
 ROUNDING = {torch.float64: 2**-53, torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 DTYPES = list(ROUNDING)
 

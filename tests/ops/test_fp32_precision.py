@@ -23,7 +23,7 @@ SETTINGS = {
     "torch.backends.cudnn.allow_tf32": (True, False),
     "torch.backends.cuda.matmul.allow_tf32": (True, False),
 }
-# Says for each argument, a program of settings, what ops may round then, and what PyTorch says.
+# Prints for each argument, a program of settings, what ops may round afterwards, according to us and to PyTorch.
 SCRIPT = """
 import os, sys, torch
 from cpc_ext.ops import info_nce, masked_conv2d

@@ -533,7 +533,7 @@ def test_autocast_rounds_what_is_multiplied(device, samples):
     drawn = Drawn(device, torch.float32, (9, 11, 6), samples=samples)
     with torch.autocast(device.type, torch.bfloat16):
         loss = info_nce(*drawn.inputs, **drawn.options).loss
-    # Which gradients are wanted decides what is summed first.
+    # The order of the sums depends on which gradients are needed.
     rounded = [tensor.detach().bfloat16().requires_grad_() for tensor in drawn.inputs]
     assert loss.dtype == torch.float32
     assert loss == info_nce(*rounded, **drawn.options).loss

@@ -173,7 +173,7 @@ def test_tangents_are_refused_in_each_argument(op, shapes):
                 op(*tensors[:i], dual, *tensors[i + 1 :])
 
 
-# --- What is given to kernels of CUDA, and the CPU's do not look at ---
+# --- Arguments of CUDA's kernels that the CPU's ignore ---
 
 
 @pytest.fixture

@@ -99,7 +99,7 @@ def test_one_visible_tap_of_many(where):
     assert native.masked_conv2d_taps(mask) == [where % 6]
 
 
-# --- Devices on which looking stalls a stream ---
+# --- Devices on which reading values stalls a stream ---
 
 
 class OnGPU:

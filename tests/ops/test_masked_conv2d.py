@@ -32,7 +32,7 @@ MASKS = {
     "wide": [[1, 1, 1, 1, 1], [1, 0, 1, 0, 0]],
     "pixel": [[1]],
 }
-# Half a unit in the last place: what rounding a result to the type costs, relative to it.
+# Half a unit in the last place: the relative error of rounding a result to the type.
 ROUNDING = {torch.float64: 2**-53, torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 DTYPES = list(ROUNDING)
 
@@ -276,7 +276,7 @@ def test_what_the_mask_hides_may_be_anything(device):
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("size", [(9, 8), (9, 7), (2, 2), (3, 1)])
 def test_sums_of_whole_numbers_are_exact(device, name, size):
-    # Pairs of pixels add and halve what single ones multiply: also exact, and wrong digits nowhere to hide.
+    # Pairs of pixels add and halve the values that single pixels multiply, which is exact, so that any error shows.
     mask = torch.tensor(MASKS[name], dtype=torch.bool)
     generator = torch.Generator().manual_seed(0)
 

@@ -185,7 +185,7 @@ def test_second_derivative_of_normalised_patches_with_a_constant_upstream_gradie
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
 
 
-# --- What has no second derivatives ---
+# --- Ops without second derivatives ---
 
 
 def grids(first, second):

@@ -11,7 +11,7 @@ from torch.func import jvp, vmap
 
 from cpc_ext.ops import waveform_conv1d
 
-# What rounding explains in sums of 10 products and of some thousand frames, relative to the largest value.
+# Tolerances for the rounding of sums of 10 products and of some thousand frames, relative to the largest value.
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 # Batch, channels, samples, taps, stride, padding: tiles that are full, cut, and less than a register of frames.
 SIZES = [
@@ -59,7 +59,7 @@ def with_gradients(layer, waveforms, parameters, grad):
 def test_values_and_gradients(size, bias, norm, relu, dtype):
     *shape, stride, padding = size
     waveforms, *parameters = (
-        # What both compute with: rounding the arguments is not the kernel's doing.
+        # Both compute with rounded arguments, so that their rounding does not count as the kernel's error.
         None if one is None else one.to(dtype).double()
         for one in problem(*shape, bias=bias, norm=norm)
     )
@@ -72,7 +72,7 @@ def test_values_and_gradients(size, bias, norm, relu, dtype):
     expected = plain(waveforms, *parameters, stride=stride, padding=padding, relu=False)
     grad = draw(*expected.shape, seed=5).to(dtype).double()
     if relu:
-        # Where rounding decides on which side of zero a value is, it also decides the gradient.
+        # If rounding determines the sign of a value, it also determines the gradient.
         grad *= expected.abs() > 8 * TOLERANCES[dtype]
 
     def reference(waveforms, *parameters):

@@ -290,7 +290,7 @@ def test_models_of_sound(name, tmp_path, capsys):
     assert "mean and deviation" not in capsys.readouterr().out
     config = load_config(run / "config.yaml")
     assert (config.model, config.data.dataset) == (model, "voices")
-    # What the programs take their windows from, and so their negatives.
+    # The recordings from which the programs take a batch's windows, and so the negatives.
     assert config.view.windows == ("same-speaker" if source == "cpc-audio" else "recordings")
     assert_equal_states(load_checkpoint(run / "checkpoint.pt")["model"], load_reference(path, source).state_dict())
 

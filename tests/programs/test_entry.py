@@ -21,7 +21,7 @@ from cpc_ext.training.registry import MODELS
 ROOT = Path(cpc_ext.__file__).parents[1]
 OF_RUNS = [name for name in PROGRAMS if name != "info"]
 
-# Runs the program for every list of arguments that it is given, and tells what came out of each.
+# Runs the program with every given list of arguments, and prints the outcome of each.
 CALLS = """
 import contextlib, io, json, sys
 from cpc_ext.programs.entry import main

@@ -82,7 +82,7 @@ def test_the_size_of_the_images_chooses_the_defaults(monkeypatch, side):
             run
             == train_options.parse(["--model", "simclr", "--dataset", "npy", "--data-dir", str(run.data.data_dir)]).run
         )
-    # What can be read only once is not looked at.
+    # An iterator, which can be read only once, is not read to choose defaults.
     cpc_ext.fit("simclr", iter(images))
     assert started.pop().simclr == preset("simclr", "folder").simclr
 
@@ -203,7 +203,7 @@ def test_a_stopped_run_is_saved_and_said(home, monkeypatch, capsys):
                 fit("cpc-v1", IMAGES, test=TEST, out_dir=home / number.name, **OPTIONS)
         if kind is SystemExit:
             assert caught.value.code == 128 + signal.SIGTERM
-        # From Python it goes on by a call, which need not hand over the images again.
+        # A call from Python resumes the run, without the images.
         said = capsys.readouterr().out
         assert said.endswith(f"go on with:\n  cpc_ext.fit(out_dir='{home / number.name}', resume=True)\n")
         assert fit(out_dir=home / number.name, resume=True).summary["steps"] == 8

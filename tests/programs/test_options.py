@@ -442,7 +442,7 @@ def test_the_size_of_the_images_in_a_folder_chooses_the_defaults(folder_of_image
     arguments = ["--model", model, "--dataset", "folder", "--data-dir", folder_of_images(side)]
     expected = model_presets(model)[key]["optimization"]
     assert expected.items() <= parse(arguments).run.optimization.model_dump().items()
-    # What they are brought to comes first.
+    # --image-size takes precedence over the images' own size.
     small = parse([*arguments, "--image-size", "32"]).run
     assert model_presets(model)["folder-small"]["optimization"].items() <= small.optimization.model_dump().items()
 

@@ -21,7 +21,7 @@ from cpc_ext.training import run_data
 from cpc_ext.training.presets import preset
 
 SIDE = 16
-# How many times figures.save_images enlarges images of 16 pixels a side.
+# Factor by which figures.save_images enlarges images of 16x16 pixels.
 FACTOR = 6
 
 

@@ -113,7 +113,7 @@ def test_one_module_after_another(tmp_path, capsys):
     assert "1" in changed
     assert not torch.equal(before["encoder.layers.1.conv.weight"], after["encoder.layers.1.conv.weight"])
     assert torch.equal(before["encoder.layers.0.conv.weight"], after["encoder.layers.0.conv.weight"])
-    # What follows the trained modules is the seed's, and who reads the files is told so.
+    # Modules after the trained ones have the seed's weights, and readers of the files are told so.
     for run, trained in ((first, 1), (second, 2)):
         with safe_open(run / "encoder.safetensors", "pt") as file:
             assert file.metadata()["modules"] == str(trained)
@@ -297,7 +297,7 @@ def test_abx_within_a_speaker_needs_no_other(tmp_path, monkeypatch):
     alone = recordings()
     alone = replace(alone, speakers=np.zeros(len(alone), np.int64))
     results = []
-    # What is called silence is in no triple, wherever it is among the phones and however it is written.
+    # Silence is in no triple, whatever its position among the phones and its spelling.
     for names in (("SIL", "A", "E", "I", "O"), ("A", "sil", "E", "I", "O"), ("A", "E", "I", "O", "U")):
         dataset = replace(dataset_of(alone, alone), phone_names=names)
         monkeypatch.setattr(run_data, "load_dataset", lambda *arguments, dataset=dataset, **options: dataset)

@@ -71,7 +71,7 @@ def test_names_that_stand_for_others():
     short = encoder_spec("ln-resnet50", norm="batch", in_channels=3, stem="stl10", patch_size=16)
     assert short.arguments == {"patch_size": 16, "in_channels": 3, "blocks": [3, 4, 6, 3]}
     assert encoder_name(short.kind.__name__, short.arguments) == "ln-resnet101:blocks=3-4-6-3"
-    # What is as ever need not be said.
+    # Defaults can be left out of a name.
     known = ("blocks", "channels", "expansions", "stem_channels")
     parameters = inspect.signature(LayerNormResNetEncoder).parameters
     assert encoder_name(short.kind.__name__, {name: parameters[name].default for name in known}) == "ln-resnet101"

@@ -57,7 +57,7 @@ from cpc_ext.training.stop_request import StopRequest
 from cpc_ext.training.task import Task
 
 CPU = torch.device("cpu")
-# Those of images; those of speech: test_speech_tasks.py.
+# The models of images; test_speech_tasks.py tests those of speech.
 MODELS = tuple(model for model in registry.MODELS if registry.model_medium(model) == "images")
 # Multiples of 8: on CPUs without AVX-512 oneDNN's backward pass of a channels-last 1x1 convolution of stride 2 from 4
 # to 6 channels writes past its buffers (PyTorch 2.13).
@@ -85,7 +85,7 @@ BASE: dict[str, dict[str, Any]] = {
 }
 WITH_ENCODER = tuple(model for model in MODELS if issubclass(task_class(model), EncoderTask))
 TWO_VIEWS = ("simclr", "moco", "supcon")
-# Sections whose options the loop alone looks at, whatever is trained.
+# Sections whose options only the loop uses, for any model.
 SHARED = ("data", "optimization", "compute", "output")
 
 

@@ -161,7 +161,7 @@ def test_cached_outputs(greedy, tmp_path):
     assert greedy("--out-dir", tmp_path / "again", *options, *cached) == 0
     assert file.stat().st_mtime_ns == written
     assert_equal(weights(tmp_path / "again"), weights(tmp_path / "cached"))
-    # Where it is of other weights, or incomplete, it is computed anew.
+    # A file from other weights, or an incomplete one, is computed again.
     assert greedy("--out-dir", tmp_path / "other", "--train-module", "0", *fixed, "--seed", "1") == 0
     others = ("--train-module", "1", "--resume-from", tmp_path / "other", *fixed, *cached)
     assert greedy("--out-dir", tmp_path / "stale", *others) == 0

@@ -117,7 +117,7 @@ def test_what_a_probe_asks_for():
     ):
         with pytest.raises(TrainingError, match="--probe-every: textures has no labels of training and of test"):
             ImageProbe(lacking, CPU)
-        # Whoever does not train needs no labels.
+        # A task that is not trained needs no labels.
         task = CPCv1Task(config_of("cpc-v1", probe_every=2), lacking, CPU)
         with pytest.raises(TrainingError, match="--probe-every"):
             task.prepare(Ranks(CPU), resumed=False)

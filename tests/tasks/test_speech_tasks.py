@@ -59,7 +59,7 @@ def config_of(model="cpc-audio", **options):
     return validate_config({"model": model, **tree})
 
 
-# What each phone sounds like, in Hz; the first is silence to those who compare phones.
+# Frequency of each phone in Hz; comparisons of phones take the first for silence.
 TONES = (200, 450, 1000, 2100, 4000)
 
 
@@ -115,7 +115,7 @@ def contexts(task):
     return [each for each in task.model.modules() if isinstance(each, RecurrentContext | CausalTransformerContext)]
 
 
-# What options decide, by their names: other values, and what tells that they have arrived.
+# Options of the objective: for each, the options to set; the objective must then have its value.
 OF_OBJECTIVE: dict[str, dict[str, Any]] = {
     "pred_steps": {"pred_steps": 5},
     "predictor": {"predictor": "ffd"},
@@ -612,7 +612,7 @@ def test_recipes_are_defaults():
         "channel",
     )
     assert (modified.prediction.neg_samples, modified.prediction.sampling) == (128, "shifted")
-    # Where minutes count, neither goes without.
+    # Presets for runs of minutes have a norm in both recipes.
     assert parse(["--model", "cpc-audio"]).run.encoder.norm == "channel"
     given = parse(["--model", "cpc-audio", "--recipe", "modified", "--neg-samples", "5", "--context", "gru"]).run
     assert (given.prediction.neg_samples, given.context.context) == (5, "gru")

@@ -327,7 +327,7 @@ def test_figure_of_the_two_views(has_test, tmp_path, drawn):
     assert task._view.std == (0.2,) * 3
 
 
-# Encoders: what they are judged by.
+# Evaluation of encoders.
 
 
 def test_encoders_are_judged_beside_their_untrained_selves(monkeypatch):
@@ -916,7 +916,7 @@ def test_mirrored_images_are_those_of_the_whole_batch():
     assert values["loss"].item() == pytest.approx(3 * math.log(2))
 
 
-# What tasks leave to the one that they are made from.
+# Defaults of the base class of tasks.
 
 
 def test_a_task_is_one_part_and_needs_nothing_else(tmp_path):

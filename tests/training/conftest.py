@@ -32,7 +32,7 @@ SHORT = (
 )
 PATCHES = ("--crop", "24", "--grid-size", "5")
 TINY = (*PATCHES, "--pred-steps", "2", "--pred-directions", "1", "--neg-samples", "16", *SHORT)
-# What equal runs log differently.
+# Logged values that differ between equal runs.
 TIMES = ("images_per_second", "seconds")
 PNG = b"\x89PNG\r\n\x1a\n"
 ROOT = Path(__file__).parents[2]

@@ -85,7 +85,7 @@ class Contrast(nn.Module):
 
 
 CASES: dict[str, tuple[Callable[[str], nn.Module], int, str]] = {
-    # What builds the model, the dimension of images in its batch, and how keys are exchanged.
+    # By name: a function that makes the model, the dimension of images in its batch, and the exchange of keys.
     "cpc-sampled-gather": (lambda exchange: cpc(5, exchange), 0, "gather"),
     "cpc-all-gather": (lambda exchange: cpc("all", exchange), 0, "gather"),
     "cpc-all-ring": (lambda exchange: cpc("all", exchange), 0, "ring"),

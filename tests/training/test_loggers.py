@@ -240,7 +240,7 @@ def test_wandb_itself(tmp_path, monkeypatch):
     assert len(list((tmp_path / "wandb").glob(f"offline-run-*/run-{identity}.wandb"))) == 2
 
 
-# Those that are missing, or fail.
+# Missing and failing loggers.
 
 
 @pytest.mark.parametrize("name", LOGGERS)

@@ -163,7 +163,7 @@ def bars(monkeypatch):
     return made
 
 
-# What is measured.
+# Measurements.
 
 
 def test_lines_of_the_log(tmp_path, clock, bars):
@@ -707,7 +707,7 @@ class Member(Ranks):
         return [{name: mean for name, mean in self.gathered.items() if name[:-1] + "1" in value}, value]
 
     def gather_on_main(self, value):
-        # What steps carry on, nothing here, comes as a dict by itself.
+        # The state that steps pass on is gathered as a separate dict, which is empty here.
         return [value, {} if value == {} else self.gathered] if self.main else None
 
     def on_main(self, action):

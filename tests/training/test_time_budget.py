@@ -118,7 +118,7 @@ def test_a_run_that_fills_a_budget_is_repeated_and_goes_on(train_with, tmp_path,
     assert train_with(*options, "--out-dir", first) == 0
     steps = load_config(first / "config.yaml").optimization.steps
     said = capsys.readouterr().out
-    # What may take a while is said before it begins.
+    # Messages about slow steps come before these begin.
     assert said.index("loading textures ...") < said.index("measuring how long a step takes ...")
     assert said.index("measuring how long a step takes ...") < said.index(f"{steps} steps of about")
     assert "fill 0.01 minutes" in said
@@ -138,6 +138,6 @@ def test_a_run_that_fills_a_budget_is_repeated_and_goes_on(train_with, tmp_path,
     assert summary["steps"] > steps
     assert load_config(first / "config.yaml").optimization.steps == summary["steps"]
 
-    # What is over is not taken back.
+    # A shorter budget does not undo finished steps.
     assert train_with("--resume", "--out-dir", first, "--time-budget", "0.001") == 0
     assert json.loads((first / "summary.json").read_text())["steps"] == summary["steps"]

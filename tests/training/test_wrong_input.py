@@ -101,7 +101,7 @@ def _numbers():
     return sorted(found.items())
 
 
-# As many as one likes; a batch is compared with the number of images later.
+# Counts without an upper limit; the batch size is compared with the number of images later.
 COUNTS = (
     *("--steps", "--batch-size", "--log-every", "--checkpoint-every", "--warmup-steps", "--sample-every"),
     *("--cache-views", "--clip-grad", "--probe-images"),
@@ -151,7 +151,7 @@ def test_files_of_tensors(tmp_path, capsys, content):
     assert "model.safetensors" in capsys.readouterr().err
     with pytest.raises(CheckpointError):
         load_reference(run / "model.safetensors", "cpcv2-pytorch")
-    # What is kept is computed again.
+    # The damaged cache is computed again.
     kept = cached_encodings(run / "model.safetensors", {"a": "b"}, 3, lambda: torch.ones(3, 2))
     assert torch.equal(kept, torch.ones(3, 2))
 

@@ -32,7 +32,7 @@ _PIECE = 1 << 19
 # Share of a floating-point file's samples that may lie beyond ±1 and are clipped; with more, the scale is another one.
 _BEYOND = 0.01
 # libsndfile's log entry for a WAV, AIFF, AU, SVX or W64 header that states more sound than the file has. Programs that
-# write into a pipe state the largest size (_OPEN_END), and others count the header as well, a share below _FORGIVEN.
+# write into a pipe state the largest sizes (_OPEN_END and more), and others count the header, a share below _FORGIVEN.
 _CUT_OFF = re.compile(r"(?:data|SSND|Data Size|BODY|riff) *: (\d+) \(should be (\d+)\)")
 # The same for RF64 and AVR, in samples of a channel. The log lacks the length that a NIST SPHERE header states, and for
 # VOC it has no numbers. The headers of IRCAM, PAF and PVF state no length.

@@ -60,7 +60,7 @@ def test_an_mp3_that_lacks_frames_which_it_states_is_damaged(tmp_path, rate, tag
     path.write_bytes(tag + whole[: len(whole) * 9 // 10])
     with pytest.raises(ValueError, match=f"damaged: [0-9]+ of {4 * rate} samples can be read"):
         decode_recording(path)
-    # What states no number may end anywhere.
+    # Without a stated number of frames, a file may end anywhere.
     path.write_bytes(tag + whole[: len(whole) * 9 // 10].replace(b"Xing", bytes(4)))
     decode_recording(path)
 
@@ -74,7 +74,7 @@ def test_channels_are_averaged(tmp_path):
 
 @pytest.mark.parametrize("rate", [44_100, 48_000, 8_000, 11_025])
 def test_rates_become_16_khz(tmp_path, rate, monkeypatch):
-    monkeypatch.setattr(decode, "_PIECE", 5000)  # Several pieces, which are one sound.
+    monkeypatch.setattr(decode, "_PIECE", 5000)  # The sound is decoded in several pieces.
     time = np.arange(2 * rate) / rate
     soundfile.write(tmp_path / "a.wav", 0.5 * np.sin(2 * np.pi * 440 * time), rate)
     samples = decode_recording(tmp_path / "a.wav").samples

@@ -13,7 +13,7 @@ pytest.importorskip("soundfile", reason="needs cpc_ext[audio]")
 
 pytestmark = [pytest.mark.usefixtures("cache"), pytest.mark.filterwarnings("ignore:(?s).*are held out:UserWarning")]
 
-# By name, the level and the samples, in which is room for one label and more.
+# Level and number of samples of each recording, by name; there are enough for at least one label.
 UTTERANCES = {
     "103-1240-0000": (1, 400),
     "103-1240-0001": (2, 560),

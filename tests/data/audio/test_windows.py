@@ -84,7 +84,7 @@ def test_a_batch_is_of_one_speaker_or_recording(cross):
         for batch in itertools.chain(*[epoch(source) for _ in range(5)]):
             (group,) = set(of[recording_of(batch)].tolist())
             met.add(group)
-        # Recordings of fewer than three and a half windows give one or two, which is a batch where it is two.
+        # Recordings shorter than three and a half windows give one or two windows; two make a batch.
         assert met == {0, 1, 2} if kind == "same-speaker" else met == {0, 3, 4, 5}
 
 

@@ -312,7 +312,7 @@ def test_one_process_says_what_was_found(root, cache, monkeypatch, recwarn, rank
     monkeypatch.setenv("WORLD_SIZE", world)
     load_folder(root)
     assert bool([warning for warning in recwarn if "broken.png" in str(warning.message)]) == speaks
-    # That a cache is made again is said by whoever makes it, as no other process knows.
+    # The process that rebuilds a cache warns, whatever its rank, since no other process knows.
     (images,) = cache.rglob("images.bin")
     damage_short(images.parent)
     load_folder(root)

@@ -26,7 +26,7 @@ def cache(tmp_path, monkeypatch):
 # A tenth of hashes begins with bytes below this.
 TENTH = (2**64 // 10).to_bytes(8, "big")
 
-# What is said of a folder is tested where it is said, and where nothing is to be said.
+# Warnings about folders have tests of their own.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
@@ -353,7 +353,7 @@ def test_decoded_once_until_the_tree_changes(root, cache, monkeypatch):
     os.utime(root / "new.png", ns=(1, 1))
     load(root)
     assert decoded == [4, 5, 5]
-    # One cache a folder and size: earlier states are gone, another size lives beside.
+    # There is one cache for each folder and size: earlier states are removed, other sizes are kept.
     assert len(list(cache.rglob("images.bin"))) == 1
     load(root, image_size=4)
     load(root)

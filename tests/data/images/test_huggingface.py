@@ -282,7 +282,7 @@ def test_names_beside_images_that_are_there_are_not_looked_for(tmp_path, cache):
 def test_files_that_are_cut_off_anywhere_are_named(tmp_path, ending, stream):
     path = write(tmp_path / f"train.{ending}", table(range(18)), stream)
     whole = path.read_bytes()
-    # Some of these are where one batch of rows ends, which a reader of streams takes for the end of all.
+    # Some of these lengths are ends of a batch of rows, which a stream reader takes for the end of the stream.
     for end in (0, 5, 300, len(whole) // 2 // 8 * 8, *range(len(whole) - 80, len(whole), 8)):
         path.write_bytes(whole[:end])
         with pytest.raises(ValueError, match=rf"train\.{ending}: damaged"):

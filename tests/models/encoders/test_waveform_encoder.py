@@ -45,7 +45,7 @@ def test_equals_its_layers(norm, padding):
         torch.testing.assert_close(one, other, atol=1e-10, rtol=1e-10)
 
 
-# What rounding explains in four layers of 8 times 20 products, relative to the largest value.
+# Tolerances for the rounding of four layers of 8 times 20 products, relative to the largest value.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
 @pytest.mark.parametrize("norm", ["none", "channel"])
 def test_types_and_lengths(norm, dtype, tolerance):
@@ -157,7 +157,7 @@ def test_integers_and_normalisation():
     torch.testing.assert_close(plain(samples), plain(samples.double() / 2**15), atol=0, rtol=1e-12)
     greedy = WaveformEncoder(3, normalization="greedy-infomax").double()
     greedy.load_state_dict(plain.state_dict())
-    # As the program does it, of samples of 32 bits.
+    # The program's normalisation, for samples of 32 bits.
     theirs = plain.layers((samples.double() * 65536 + 1456218.75) / 135303504)
     for given in (samples, samples.double() / 2**15):
         torch.testing.assert_close(greedy(given), theirs, atol=1e-12, rtol=0)

@@ -53,7 +53,7 @@ def test_samples_are_those_of_the_whole_network(kind, levels, code_channels, col
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_codes_that_lie_too_close_for_a_type_are_drawn_as_they_are(dtype):
-    # As numbers 0 to 699 are scaled to -1..1, bfloat16 has room for half of them.
+    # bfloat16 can represent only half of the numbers 0 to 699 scaled to -1..1.
     model = model_of("gated", 1, 700, 0, dtype)
     known = torch.arange(700).view(1, 1, 20, 35)
     assert torch.equal(model.sample(1, (20, 35), images=known, known_rows=20), known)

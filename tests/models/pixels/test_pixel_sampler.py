@@ -197,7 +197,7 @@ def test_known_rows_are_kept(kind, known_rows):
     drawn, naive = (model.sample(2, size, cached=cached, **options) for cached in (True, False))
     assert torch.equal(drawn, naive)
     assert torch.equal(drawn[:, :, :known_rows], images[:, :, :known_rows])
-    # What was drawn before is known now, and the rest comes out as it did.
+    # With the pixels drawn before given as known, the rest is drawn as before.
     options.update(images=drawn, known_rows=min(known_rows + 1, 8))
     assert torch.equal(model.sample(2, size, **options), drawn)
 

@@ -29,7 +29,7 @@ def drawn(size: int, dim: int, dtype: torch.dtype = torch.float64, batch: tuple[
     return problem
 
 
-# Those whose pairs are the same both ways, and those that have to be contrasted as queries and keys.
+# Options with which pairs are symmetric; others must be contrasted as queries and keys.
 MUTUAL = {
     "pairs": {},
     "with themselves": {"apart": False},

@@ -88,7 +88,7 @@ def test_reducing_losses(device, batch, rows, mean, dtype):
         torch.testing.assert_close(reduced(losses, given), wanted, rtol=TOLERANCE[dtype], atol=1e-12)
     if rows < 2:
         return
-    # Absent are queries of weight 0 whose loss is no number; whoever has a weight counts.
+    # Queries of weight 0 are ignored even if their loss is NaN; queries with a weight count.
     for place in ((0, 0), (-1, -1)):
         weights[place], losses[place] = 0, torch.inf
         assert reduced(losses, weights)[0].isfinite()
@@ -134,7 +134,7 @@ def test_queries_without_positives(device, samples, weighted, present, reduction
 @pytest.mark.parametrize("weighted", [False, True])
 def test_pytorch_launches_nothing_around_the_forward_pass(device, monkeypatch, samples, weighted):
     """On CUDA a launch of a few values takes as long as the contrast; and the backward pass only scales."""
-    # As of CUDA, whose values nobody looks at.
+    # As on CUDA, where values are not read.
     for module in (_contrast_arguments, _contrast_weights):
         monkeypatch.setattr(module, "values_at_hand", lambda _: False)
     generator = torch.Generator().manual_seed(0)

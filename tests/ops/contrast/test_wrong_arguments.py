@@ -187,7 +187,7 @@ def assert_one_row_is_no_number(device, request, wrong, right, row, error, messa
     assert results.gradients["queries"][row].isnan().all()
     for one, other in ((results.loss, expected.loss), (results.rank, expected.rank)):
         assert torch.equal(one[good], other[good])
-    # Where the row is absent, it gives nothing to other gradients either.
+    # The row does not contribute to other gradients either, as if it were absent.
     right.learns["weights"] = good.float()
     expected = right.run(device, "none")
     assert torch.equal(results.gradients["queries"][good], expected.gradients["queries"][good])

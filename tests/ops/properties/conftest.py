@@ -22,7 +22,7 @@ FLOATING = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 INTEGERS = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64]
 # Errors of a result of order one: some roundings to its type, or of float32 arithmetic.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
-# Around what 32 and 64 bits hold.
+# Numbers around the limits of 32 and 64 bits.
 HUGE = [2**31 - 1, 2**31, 2**32, 2**40, 2**62, 2**63 - 1]
 
 

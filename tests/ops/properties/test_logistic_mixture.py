@@ -96,7 +96,7 @@ WRONG_MIXTURE_ARGUMENTS = {
     "images": st.none()
     | NOT_TENSORS
     | other_layouts((2, 3, 4, 5), torch.uint8)
-    # Without a device of their own: what params are measured by.
+    # Images are not varied in their device, since params are checked against them.
     | tensors((2, 3, 4, 5), torch.uint8, [torch.float32, torch.int64, torch.bool], leads=True),
     "params": st.none()
     | NOT_TENSORS

@@ -105,7 +105,7 @@ def test_masked_convolutions_and_their_gradients_are_sums_over_taps(device, for_
             assert actual.shape == expected.shape
             actual.sum().backward()
             return
-        # The terms of a sum may cancel; their absolute values tell what is rounded.
+        # The terms of a sum may cancel, so that the sum of their absolute values bounds the rounding.
         absolute = {
             name: value.detach().abs().requires_grad_() if isinstance(value, Tensor) else value
             for name, value in plain.items()
@@ -117,7 +117,7 @@ def test_masked_convolutions_and_their_gradients_are_sums_over_taps(device, for_
         grad, dense_grad = case.grad.place(device, case.dtype, normal)
         dense_grad = dense_grad.double()
         if case.activation == "relu":
-            # Where rounding may change the sign, the slope may be 0 or 1.
+            # If rounding can change the sign, the slope may be 0 or 1.
             clear = before.detach().abs() > bound
             grad, dense_grad = grad * clear.to(device), dense_grad * clear
         actual = torch.autograd.grad(actual, list(placed.values()), grad)
