@@ -160,8 +160,8 @@ class _ResNets(_Family):
     kind = "ResNetV2Encoder"
     shown = (*_PUBLISHED, f"{_OWN}:blocks=N-N-N")
     help = (
-        "resnet-small, resnetN: a pre-activation ResNet; 14, 28, 41, 92 and 143 without the last stack, as published "
-        "for CPC, 161 that of CPC v2, 18, 34, 50, 101 and 152 whole, small with one narrow block a stack."
+        "resnetN: a pre-activation ResNet. N = 14, 28, 41, 92, 143: without the last stack, as published for CPC; 161: "
+        "that of CPC v2; 18, 34, 50, 101, 152: complete. resnet-small: one narrow block per stack."
     )
     takes: ClassVar = {
         "blocks": _wholes,
@@ -261,7 +261,7 @@ class _MobileNets(_Family):
 
     kind = "MobileNetV2Encoder"
     shown = (_ONE,)
-    help = "mobilenetv2."
+    help = "mobilenetv2: a MobileNetV2."
     takes: ClassVar = {"width": _positive, "strides": _one_of("imagenet", "cifar")}
 
     def has(self, plain: str) -> bool:

@@ -1,4 +1,4 @@
-"""Options of models that learn an encoder, and of those that do so by contrast."""
+"""Options of models that learn an encoder, and of models with a contrastive loss."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GatherNegatives = Literal["none", "gather", "ring"]
 Norm = Literal["none", "layer", "batch", "instance"]
 
 _SMALL = "resnet-small"
-NORM_HELP = "Normalisation inside the encoder; a backbone of timm has its own."
+NORM_HELP = "Normalisation inside the encoder; timm backbones have their own."
 
 
 class EncoderSection(Section):
@@ -25,42 +25,42 @@ class EncoderSection(Section):
 
     encoder: Encoder = Field(
         "resnet14",
-        description="Network that encodes a patch, or of simclr an image. "
-        f"{ENCODER_HELP} What a name leaves open may follow it, as in resnet14:stem=cifar or "
+        description="Network that encodes a patch, or a whole image for simclr, moco and supcon. "
+        f"{ENCODER_HELP} Further arguments may follow the name after a colon, as in resnet14:stem=cifar or "
         "timm:vit_tiny_patch16_224:patch_size=4.",
     )
     norm: Norm = Field("none", description=f"{NORM_HELP} The published CPC v1 uses none.")
 
 
 class ContrastSection(Section):
-    """What an encoding is told from."""
+    """The negatives of a contrastive loss."""
 
     gather_negatives: GatherNegatives = Field(
         "gather",
-        description="Negatives of a run of several processes (torchrun). gather, also without a value: of all "
-        "processes, as a single one with the whole batch has them; ring: the same, but no process holds the keys of "
-        "more than one other at a time; none: each process's own.",
+        description="Negatives in a run of several processes (torchrun). gather, also if the option has no value: the "
+        "negatives of all processes, as in a single process with the whole batch; ring: the same, but no process holds "
+        "the keys of more than one other process at a time; none: only the process's own.",
     )
 
 
 class ProbeSection(Section):
-    """What is measured of the encoder; it changes nothing of the training."""
+    """Measurements of the encoder, which do not affect the training."""
 
     probe_every: Annotated[Annotated[int, Field(ge=1)] | None, MAY_CHANGE] = Field(
         None,
-        description="Updates between looks at what the encoder is worth so far: how often the nearest neighbours of "
-        "some held-out images, or frames of speech, are of their class. It needs labels, and its time is not counted "
-        "as training. None: only at the end.",
+        description="Number of updates between measurements of the encoder during training: the accuracy of a "
+        "nearest-neighbour classifier that finds the class of some held-out images, or the phone of frames of speech. "
+        "This needs labels, and its time does not count as training time. None: no measurements before the end.",
     )
 
 
 class ImageProbeSection(ProbeSection):
-    """What is measured of the encoder; it changes nothing of the training."""
+    """Measurements of the encoder, which do not affect the training."""
 
     probe_images: Annotated[Annotated[int, Field(ge=2)] | None, MAY_CHANGE] = Field(
         10_000,
-        description="Labelled images that the linear probe at the end learns from at most; None: all. More take longer "
-        "and make it better. It is tested on all test images.",
+        description="Maximum number of labelled images that the linear probe at the end learns from. None: all. More "
+        "images take longer and improve the probe. It is tested on all test images.",
     )
 
 
@@ -76,7 +76,7 @@ class EncoderConfig(RunConfig):
 
     @property
     def learns_from_labels(self) -> bool:
-        """Whether the encoder learns from the labels of the training images."""
+        """True if the encoder learns from the labels of the training images."""
         return False
 
     def remedies(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Options of models in modules that learn by losses of their own: which of them learn, and where."""
+"""Options of models whose modules have separate losses: which modules to train, and in which processes."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ __all__ = ["ModulesSection", "check_modules_before"]
 
 
 class ModulesSection(Section):
-    """Which modules learn, and where; subclasses say how many there are."""
+    """The modules to train, and the processes that train them; subclasses define the number of modules."""
 
     train_module: Annotated[int, Field(ge=0)] | None = Field(
         None,
-        description="Train this module alone, counted from 0; those before it are frozen, as the run of --resume-from "
-        "has trained them. None: all at once.",
+        description="Index, from 0, of the only module to train. The modules before it stay frozen as the run of "
+        "--resume-from trained them. None: train all modules at once.",
     )
     pipeline: Annotated[bool, MAY_CHANGE] = Field(
         False,
-        description="Under torchrun: a process, and GPU, for every module, which gets the features of the one before. "
-        "Otherwise each process trains all modules on its part of a batch.",
+        description="Under torchrun, train each module in a process, and on a GPU, of its own, which receives the "
+        "features of the module before. Otherwise each process trains all modules on its part of the batch.",
     )
 
     @property
@@ -32,7 +32,7 @@ class ModulesSection(Section):
 
     @property
     def learning(self) -> list[int]:
-        """The modules that learn."""
+        """Indices of the modules to train."""
         return list(range(self.count)) if self.train_module is None else [self.train_module]
 
     @property
@@ -51,7 +51,7 @@ class ModulesSection(Section):
 
 
 def check_modules_before(modules: ModulesSection, config: RunConfig) -> None:
-    """Raise ValueError if modules are to be frozen that no run has trained."""
+    """Raise ValueError if modules would be frozen that no run has trained."""
     module = modules.train_module
     if module and config.optimization.resume_from is None:
         raise ValueError(

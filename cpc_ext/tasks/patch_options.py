@@ -1,4 +1,4 @@
-"""Options of the models that predict patches of an image from others: the grid of patches, and what is predicted."""
+"""Options of the models that predict patches of an image from others: the grid of patches, and the predictions."""
 
 from __future__ import annotations
 
@@ -13,28 +13,30 @@ __all__ = ["PredictionConfig", "PredictionSection", "ViewSection"]
 
 
 class ViewSection(Section):
-    """What the model sees of an image: a crop, cut into a grid of overlapping patches."""
+    """The model's input: a crop of an image, cut into a grid of overlapping patches."""
 
     crop: int = Field(
         56, ge=4, le=MOST, description="Side in pixels of the square cut out of an image at a random place."
     )
-    pad: int = Field(0, ge=0, le=MOST, description="Black pixels put around an image before it is cropped.")
+    pad: int = Field(0, ge=0, le=MOST, description="Width in pixels of the black border added before cropping.")
     grid_size: int = Field(6, ge=2, le=MOST, description="Patches along a side of the grid.")
     patch_size: Annotated[int, Field(ge=2)] | None = Field(
         None, description="Side of a patch in pixels. None: neighbours overlap by half, 2 * crop / (grid size + 1)."
     )
     flip: bool = Field(True, description="Mirror half of the crops left to right.")
-    gray: bool = Field(True, description="Reduce colours to grey, which closes the short cut of matching colours.")
+    gray: bool = Field(
+        True, description="Convert images to grey, so that the model cannot take the shortcut of matching colours."
+    )
     patch_norm: bool = Field(
         False,
-        description="Bring each patch to its own zero mean and unit contrast, which closes the short cut of matching "
-        "brightness; otherwise pixels are normalised by the data set's mean and deviation.",
+        description="Normalise each patch to zero mean and unit contrast, so that the model cannot take the shortcut "
+        "of matching brightness. Otherwise pixels are normalised by the data set's mean and standard deviation.",
     )
     patch_augmentation: bool = Field(
         False,
-        description="Change each patch on its own while training, as CPC v2 does it: two of AutoAugment's transforms, "
-        "then, with the paper's probabilities, elastic deformation, another colour histogram, colour jitter and grey, "
-        "then a crop padded back.",
+        description="Augment each patch independently during training, as in CPC v2: two of AutoAugment's transforms; "
+        "then, with the paper's probabilities, elastic deformation, another colour histogram, colour jitter and "
+        "conversion to grey; then a crop that is padded back to the patch size.",
     )
 
     @property
@@ -44,7 +46,7 @@ class ViewSection(Section):
 
     @property
     def stride(self) -> int:
-        """Distance of neighbouring patches in pixels."""
+        """Distance between neighbouring patches in pixels."""
         return (self.crop - self.patch) // (self.grid_size - 1)
 
     @model_validator(mode="after")
@@ -66,20 +68,24 @@ class ViewSection(Section):
         return self
 
 
-class PredictionSection(ContrastSection, EncoderSection):  # Fields of the last come first.
-    """What both versions of contrastive predictive coding share."""
+class PredictionSection(ContrastSection, EncoderSection):  # Fields of the last base class come first.
+    """Options that both versions of contrastive predictive coding share."""
 
     context_layers: int = Field(
-        4, ge=1, le=1000, description="Layers of the context network; each sees one row further up."
+        4, ge=1, le=1000, description="Number of layers of the context network; each one sees one row further up."
     )
-    pred_steps: int = Field(5, ge=1, description="Rows ahead that are predicted, nearest to farthest.")
+    pred_steps: int = Field(5, ge=1, description="Number of rows ahead to predict, from the nearest to the farthest.")
     pred_directions: int = Field(
-        1, ge=1, le=4, description="Directions predicted in: 1 is down, 2 to 4 add the grid turned by 90 degrees each."
+        1,
+        ge=1,
+        le=4,
+        description="Number of directions to predict in: 1 is down; each further one turns the grid by 90 degrees.",
     )
     skip: int = Field(
         1,
         ge=0,
-        description="Rows left out between a context and its first target, whose patches overlap the context's.",
+        description="Number of rows between a context and its first target that are left out, because their patches "
+        "overlap the context's.",
     )
 
 
@@ -103,7 +109,7 @@ class PredictionConfig(EncoderConfig):
 
     @property
     def predicts(self) -> bool:
-        """Whether the model learns by predicting patches."""
+        """True if the model learns by predicting patches."""
         return True
 
     @property

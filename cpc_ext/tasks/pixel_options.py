@@ -1,4 +1,4 @@
-"""Options that models of pixels share, and those of a PixelCNN, gated or not."""
+"""Options that all pixel models share, and those of a PixelCNN, gated or not."""
 
 from __future__ import annotations
 
@@ -12,43 +12,45 @@ __all__ = ["PIXEL_PRESETS", "PixelConfig", "PixelSection", "SoftmaxPixelConfig",
 
 
 class PixelSection(Section):
-    """The network that predicts every value of an image from those before it, and what is looked at on the way."""
+    """The network, which predicts every value of an image from those before it, and its evaluation in training."""
 
     layers: int = Field(
         12,
         ge=1,
         le=1000,
-        description="Residual blocks of a PixelCNN, layers of a gated one; each sees one pixel further.",
+        description="Number of residual blocks of a PixelCNN, or of layers of a gated one; each one sees one pixel "
+        "further.",
     )
     hidden_channels: int = Field(
         96,
         ge=1,
         le=MOST,
-        description="Channels, a multiple of the colours: h of a PixelCNN, which carries 2h between its blocks, or p "
-        "of each stack of a gated one.",
+        description="Channels, a multiple of the number of colours: h of a PixelCNN, which has 2h channels between its "
+        "blocks, or p of each stack of a gated PixelCNN.",
     )
     class_conditional: bool = Field(
         False,
-        description="Tell the network the class of an image; of gated-pixelcnn and pixelcnn++, and for images with "
-        "labels.",
+        description="Condition the network on the class of an image. Needs --model gated-pixelcnn or pixelcnn++, and "
+        "images with labels.",
     )
     mirror: bool = Field(False, description="Mirror half of the training images left to right.")
     sample_every: Annotated[int, MAY_CHANGE] = Field(
         500,
         ge=1,
-        description="Updates between looks at the model: bits per dimension of held-out images, and samples as PNG.",
+        description="Number of updates between evaluations during training: bits per dimension of held-out images, "
+        "and samples as PNG.",
     )
     ema_decay: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="Evaluate, draw from and save a running average of the weights in which an update keeps this share "
-        "of it, less in the first updates; published for PixelCNN++: 0.9995. 0: the weights themselves.",
+        description="Decay of an exponential moving average of the weights, which is evaluated, sampled from and saved "
+        "in their place; the first updates use a lower decay. Published for PixelCNN++: 0.9995. 0: no average.",
     )
 
 
 class PixelConfig(RunConfig):
-    """A run of a model of pixels: a PixelCNN, gated or not, or PixelCNN++."""
+    """A run of a pixel model: a PixelCNN, gated or not, or PixelCNN++."""
 
     pixelcnn: PixelSection = Field(default_factory=PixelSection)
 
@@ -63,21 +65,21 @@ class PixelConfig(RunConfig):
 
 
 class SoftmaxPixelSection(PixelSection):
-    """The network that predicts every value by a softmax, of images or of codes."""
+    """The network, which predicts every value of an image, or every code, by a softmax."""
 
     levels: int | None = Field(
         None,
         ge=2,
         le=2**16,
-        description="Train on codes from 0 to below this number, such as a VQ-VAE's, of which the model is then a "
-        "prior: arrays of integers (--dataset codes). None: images.",
+        description="Train on codes from 0 to this number - 1, such as those of a VQ-VAE, of which the model is then a "
+        "prior: arrays of integers (--dataset codes). None: train on images.",
     )
     code_channels: int = Field(
         32,
         ge=0,
         le=MOST,
-        description="Features that are learned of each code, with --levels. 0: codes are numbers with an order, such "
-        "as brightness in few bits.",
+        description="Size of the learned embedding of each code, with --levels. 0: codes are ordered numbers, such as "
+        "brightness in few bits, and need no embedding.",
     )
 
 

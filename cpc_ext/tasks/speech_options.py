@@ -1,4 +1,4 @@
-"""Options of the models that learn from speech: what they hear of it, their networks, and what is predicted."""
+"""Options of the models that learn from speech: their input, their networks, and the predictions."""
 
 from __future__ import annotations
 
@@ -23,83 +23,99 @@ FRAME = 160
 
 
 class WindowSection(Section):
-    """What the model hears in a step: windows of the recordings."""
+    """The model's input: windows of the recordings."""
 
-    window: int = Field(20480, ge=10 * FRAME, le=2**24, description="Samples of a window, 16000 a second.")
+    window: int = Field(
+        20480,
+        ge=10 * FRAME,
+        le=2**24,
+        description="Length of a window in samples, at 16000 samples per second.",
+    )
     windows: Literal["recordings", "uniform", "same-speaker", "same-sequence", "sequential"] = Field(
         "recordings",
-        description="Where the windows of a batch come from. recordings: a random window of every recording in an "
-        "epoch; the others cut all sound into windows from a random offset on and take them from anywhere, from one "
-        "speaker, from one recording, or in their order, each place of a batch going through a stretch of its own.",
+        description="Source of the windows of a batch. recordings: an epoch has one random window of every recording. "
+        "The other choices cut all sound into windows, beginning at a random offset. The windows of a batch then come "
+        "from anywhere (uniform), from one speaker (same-speaker) or from one recording (same-sequence); or each "
+        "position of the batch goes through its own share of the sound in order (sequential).",
     )
     cross_borders: bool = Field(
-        True, description="Cut windows that hold the end of one recording and the beginning of the next."
+        True, description="Allow windows that contain the end of one recording and the beginning of the next."
     )
 
 
 class WaveformSection(Section):
-    """The encoder: five convolutions over the waveform, an encoding every 10 ms."""
+    """The encoder: five convolutions over the waveform, with an encoding every 10 ms."""
 
     channels: int = Field(512, ge=1, le=MOST, description="Channels of every layer and of the encodings.")
     padding: Literal["greedy-infomax", "cpc-audio"] = Field(
         "greedy-infomax",
-        description="Zeros around the input of the layers, which decide where the frames are centred: 2,2,2,2,1 of "
-        "Greedy InfoMax or 3,2,1,1,1 of CPC_audio.",
+        description="Zero padding of the five layers, which determines where the frames are centred: 2,2,2,2,1 in "
+        "Greedy InfoMax, 3,2,1,1,1 in CPC_audio.",
     )
     norm: Literal["none", "channel", "batch", "instance"] = Field(
         "none", description="Normalisation after each convolution; channel: over the channels of each frame."
     )
     normalization: Literal["none", "greedy-infomax"] = Field(
-        "greedy-infomax", description="What is done to samples in -1..1: nothing, or Greedy InfoMax's scale and shift."
+        "greedy-infomax",
+        description="Normalisation of the samples, which are in -1..1: none, or Greedy InfoMax's scale and shift.",
     )
 
 
 class SequenceContextSection(Section):
     """The context network, which summarises the encodings so far."""
 
-    context: Literal["gru", "lstm", "rnn", "transformer"] = Field("gru", description="What sums up the past.")
+    context: Literal["gru", "lstm", "rnn", "transformer"] = Field("gru", description="Type of the context network.")
     context_channels: int = Field(256, ge=1, le=MOST, description="Channels of a context.")
-    context_layers: int = Field(1, ge=1, le=1000, description="Layers of the context network.")
+    context_layers: int = Field(1, ge=1, le=1000, description="Number of layers of the context network.")
     keep_state: bool = Field(
         False,
-        description="Begin a window with the state in which the one before ended, without gradient to it; for "
+        description="Begin each window with the final state of the window before, detached from its graph. Needs "
         "--windows sequential.",
     )
     backprop_through_time: bool = Field(
-        True, description="Let the gradient of a context reach the frames before it; without, only its own. For gru."
+        True,
+        description="Propagate the gradient of a context back to the frames before it. With "
+        "--no-backprop-through-time, which needs --context gru, it reaches only the context's own frame.",
     )
 
 
 class SequencePredictionSection(ContrastSection):
-    """What is predicted, from what, and told from which other encodings."""
+    """The predictions, the predictor and the negatives."""
 
-    pred_steps: int = Field(12, ge=1, le=10_000, description="Frames ahead that are predicted, nearest to farthest.")
+    pred_steps: int = Field(
+        12, ge=1, le=10_000, description="Number of frames ahead to predict, from the nearest to the farthest."
+    )
     predictor: Literal["linear", "transformer", "ffd", "conv4", "conv8", "conv12", "lstm"] = Field(
-        "linear", description="What predicts from the contexts, one for every step ahead; the published ones."
+        "linear",
+        description="Network that predicts encodings from contexts, a separate one for every step ahead. All choices "
+        "are published ones.",
     )
     sampling: Literal["permuted", "offsets", "same-sequence", "shifted", "all"] = Field(
         "permuted",
-        description="How negatives are drawn. permuted, offsets, same-sequence: methods 1, 0 and 2 of Greedy InfoMax; "
-        "shifted: any window at another time, as in CPC_audio; all: every other encoding of the batch.",
+        description="Sampling of negatives. permuted, offsets, same-sequence: methods 1, 0 and 2 of Greedy InfoMax; "
+        "shifted: from any window at another time, as in CPC_audio; all: every other encoding of the batch.",
     )
-    neg_samples: int = Field(10, ge=1, le=2**20, description="Negatives of each prediction.")
+    neg_samples: int = Field(10, ge=1, le=2**20, description="Number of negatives of each prediction.")
     exclude_positive: bool = Field(
-        False, description="Never draw what is predicted as a negative of it; for --sampling shifted."
+        False,
+        description="Never draw the frames that a context predicts as its negatives. Needs --sampling shifted.",
     )
-    same_speaker: bool = Field(False, description="Contrast only with encodings of the same speaker.")
+    same_speaker: bool = Field(False, description="Use only negatives of the same speaker.")
     subsample: Annotated[int, Field(ge=2, le=2**24)] | None = Field(
         None,
-        description="Frames that predict where a module has more: a random stretch of so many, the same in the whole "
-        "batch. None: all.",
+        description="Number of frames to score where a module has more: a random stretch of this many frames, the same "
+        "for the whole batch. None: all frames.",
     )
     common_positions: bool = Field(
-        False, description="Predict all steps ahead from the same frames, instead of from as many as each step has."
+        False,
+        description="Predict all steps ahead from the same frames, those that the farthest step can be predicted from; "
+        "otherwise each step uses all frames that it can.",
     )
-    reduction: Literal["mean", "sum"] = Field("mean", description="How the losses of the steps ahead make one.")
+    reduction: Literal["mean", "sum"] = Field("mean", description="Reduction of the losses of the steps ahead.")
     score: Literal["dot", "mean"] = Field(
-        "dot", description="Product of prediction and encoding: summed over the channels, or their mean."
+        "dot", description="Score of a prediction and an encoding: their dot product, or that divided by the channels."
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="Share of every prediction that is dropped.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout rate of the predictions.")
 
     def objective(self, frames: int) -> dict[str, Any]:
         """Return these options as arguments of an objective, for windows of ``frames`` frames."""

@@ -14,44 +14,48 @@ from cpc_ext.training.config import MOST, Preset, Presets
 __all__ = ["TwoViewConfig", "TwoViewSection", "two_view_presets"]
 
 
-class TwoViewSection(ContrastSection, EncoderSection):  # Fields of the last come first.
-    """The encoder, the views of an image and the head that the loss looks at."""
+class TwoViewSection(ContrastSection, EncoderSection):  # Fields of the last base class come first.
+    """The encoder, the views of an image and the projection head."""
 
     view_size: int = Field(96, ge=8, le=MOST, description="Side in pixels of the two views of an image.")
     center_scale: float = Field(
         1.0,
         ge=0.5,
         le=4,
-        description="Side of the whole images that the encoder is judged by and used on, in sides of a view: as views "
-        "magnify what they show, more than 1 may tell more.",
+        description="Side of the whole images that the encoder is evaluated and used on, as a multiple of --view-size. "
+        "As views magnify their content, values above 1 may give better accuracy.",
     )
     min_crop_area: float = Field(
-        0.08, gt=0, le=1, description="Smallest share of an image's area that a view shows; the largest is all of it."
+        0.08, gt=0, le=1, description="Smallest fraction of an image's area that a view shows; the largest is 1."
     )
     flip: bool = Field(True, description="Mirror half of the views left to right.")
     jitter_strength: Annotated[float, Field(ge=0, le=1.25)] | None = Field(
         None,
-        description="Strength s of the colour jitter, as SimCLR's paper counts it: brightness, contrast and saturation "
-        "change by factors within 1 ± 0.8 s, hue by up to 0.2 s of the colour circle. None: 1 ± 0.5 and 0.1.",
+        description="Strength s of the colour jitter, as defined in the SimCLR paper: brightness, contrast and "
+        "saturation change by factors within 1 ± 0.8 s, hue by up to 0.2 s of the colour circle. None: 1 ± 0.5 and "
+        "0.1.",
     )
-    jitter_probability: float = Field(0.8, ge=0, le=1, description="Share of views whose colours are jittered.")
-    gray_probability: float = Field(0.2, ge=0, le=1, description="Share of views that become grey.")
+    jitter_probability: float = Field(0.8, ge=0, le=1, description="Probability of colour jitter of a view.")
+    gray_probability: float = Field(0.2, ge=0, le=1, description="Probability of converting a view to grey.")
     blur_kernel: int = Field(
         9,
         ge=0,
         le=MOST,
-        description="Taps of the Gaussian blur of a view, an odd number, about a tenth of its side. 0: none.",
+        description="Kernel size of the Gaussian blur of a view: an odd number, about a tenth of the view's side. 0: "
+        "no blur.",
     )
-    blur_probability: float = Field(1.0, gt=0, le=1, description="Share of views that are blurred.")
+    blur_probability: float = Field(1.0, gt=0, le=1, description="Probability of blurring a view.")
     projection_channels: int = Field(
-        128, ge=1, le=MOST, description="Features that the loss compares, behind the head."
+        128, ge=1, le=MOST, description="Output channels of the projection head, which the loss compares."
     )
-    head_layers: int = Field(2, ge=1, le=10, description="Linear layers of the head, with ReLU between them.")
+    head_layers: int = Field(
+        2, ge=1, le=10, description="Number of linear layers of the projection head, with ReLU in between."
+    )
     head_channels: Annotated[int, Field(ge=1, le=MOST)] | None = Field(
-        None, description="Width of the layers inside the head. None: four times --projection-channels."
+        None, description="Channels of the head's hidden layers. None: four times --projection-channels."
     )
-    head_norm: bool = Field(False, description="Batch norm behind every layer of the head, in place of biases.")
-    temperature: float = Field(0.07, gt=0, le=100, description="Divisor of the cosine similarities.")
+    head_norm: bool = Field(False, description="Use batch norm after every layer of the head, in place of biases.")
+    temperature: float = Field(0.07, gt=0, le=100, description="Temperature, which divides the cosine similarities.")
 
     @model_validator(mode="after")
     def _blur_fits(self) -> TwoViewSection:
@@ -62,12 +66,12 @@ class TwoViewSection(ContrastSection, EncoderSection):  # Fields of the last com
 
     @property
     def head(self) -> dict[str, Any]:
-        """The arguments of the models' head."""
+        """The arguments of the projection head."""
         return {"layers": self.head_layers, "hidden": self.head_channels, "norm": self.head_norm}
 
     @property
     def view(self) -> dict[str, Any]:
-        """The fields of the view that options decide."""
+        """The fields of the view that depend on options."""
         strength = self.jitter_strength
         jitter = (
             {} if strength is None else {"jitter": (0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength)}
@@ -87,7 +91,7 @@ class TwoViewConfig(EncoderConfig):
     """A run of a model of two views.
 
     Attributes:
-        least_images: number of images of the smallest batch whose views have others to be told from.
+        least_images: smallest batch size at which every view has negatives.
     """
 
     least_images: ClassVar[int] = 2

@@ -130,38 +130,39 @@ class DataSection(Section):
 
     dataset: DatasetName = Field(
         "textures",
-        description="What to train on; it also chooses the defaults of most other options (see them with "
-        "--dataset NAME --help). textures and voices are drawn in seconds and need no files; folder is any tree of "
+        description="Data set to train on. It also determines the defaults of most other options; --dataset NAME "
+        "--help shows them. textures and voices are generated in seconds and need no files; folder is any tree of "
         "images.",
     )
     data_dir: Annotated[Path | None, MAY_CHANGE] = Field(
         None,
-        description="Folder of the data set's files, or of your own, where --dataset is a kind of files: "
+        description="Folder of the data set's files, or of your own files if --dataset is a kind of files: "
         f"{', '.join(_OF_FILES)} (all but {' and '.join(_OF_FOLDERS)} also take a single file). None: the user's "
         "cache.",
     )
     download: Annotated[bool, MAY_CHANGE] = Field(
-        False, description="Fetch the data set's published files where they are missing."
+        False, description="Download the data set's published files if they are missing."
     )
     image_size: Annotated[int, Field(ge=16, le=MOST)] | None = Field(
         None,
-        description="Side in pixels that images are drawn at or a folder's images are resized to. None: the data "
-        "set's own size.",
+        description="Side in pixels of generated images, or the side that images of a folder are resized to. None: "
+        "the data set's own size.",
     )
     utterances: Annotated[int, Field(ge=1, le=MOST)] | None = Field(
         None,
-        description="Utterances of each of the sixteen drawn voices to learn from; ten last about as many minutes. "
-        "What is measured learns from the same 11 of them in any case. None: these.",
+        description="Number of utterances of each of the sixteen generated voices to train on; ten per voice last "
+        "about ten minutes in total. Probes always learn from the first 11 utterances of each voice. None: train on "
+        "these 11.",
     )
 
 
 class OptimizationSection(Section):
-    """Where to start, how long and how fast to learn."""
+    """Initial weights, length of the run, optimizer and learning rate."""
 
     resume_from: Path | None = Field(
         None,
-        description="Start a new run from the weights of another run's model, whose folder this is; its options are "
-        "the defaults of all others. None: from those of the seed.",
+        description="Folder of a run to start from: the new run starts with the weights of its model, and its options "
+        "are the defaults of all others. None: initial weights drawn from --seed.",
     )
     epochs: Annotated[Annotated[int, Field(ge=1)] | None, MAY_CHANGE] = Field(
         None, description="Length of the run in passes over the data (excludes --steps and --time-budget)."
@@ -171,38 +172,41 @@ class OptimizationSection(Section):
     )
     time_budget: Annotated[Annotated[float, Field(gt=0, le=1e6)] | None, MAY_CHANGE] = Field(
         None,
-        description="Minutes of training that the run is to fill (excludes --epochs and --steps): some steps are "
-        "measured at its start, which chooses --steps, --checkpoint-every and, where they are not given, --log-every "
-        "and the most of --warmup-steps. Loading the data and measuring the trained model come on top.",
+        description="Length of the run in minutes of training (excludes --epochs and --steps). The run first times "
+        "some steps, then sets --steps and --checkpoint-every accordingly, and, if they are not given, adapts "
+        "--log-every and limits --warmup-steps. Loading the data and evaluating the trained model take additional "
+        "time.",
     )
-    batch_size: int = Field(16, ge=1, description="Images, or windows of recordings, in an update.")
+    batch_size: int = Field(16, ge=1, description="Number of images, or of windows of recordings, per update.")
     optimizer: Optimizer = Field(
         "adam",
-        description="What updates the weights. adam: Adam, or AdamW where weights decay; sgd: with --momentum; lars: "
-        "with it, too, and each layer's step in proportion to its weights, for large batches, as SimCLR was published. "
-        "Another one than the default has a default --lr of its own: "
-        + ", ".join(f"{rate:g} of {name}" for name, rate in RATES.items())
+        description="Optimizer. adam: Adam, or AdamW with --weight-decay above 0; sgd: SGD with --momentum; lars: LARS "
+        "with --momentum, which scales each layer's step by the norm of its weights, for large batches, as in the "
+        "SimCLR paper. An optimizer other than the default also changes the default of --lr: "
+        + ", ".join(f"{rate:g} for {name}" for name, rate in RATES.items())
         + ".",
     )
-    momentum: float = Field(0.9, ge=0, lt=1, description="Share of the last step that sgd and lars add to the next.")
-    lr: float = Field(RATES["adam"], gt=0, le=1000, allow_inf_nan=False, description="Learning rate, at its highest.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of sgd and lars.")
+    lr: float = Field(RATES["adam"], gt=0, le=1000, allow_inf_nan=False, description="Peak learning rate.")
     schedule: Schedule = Field(
         "constant", description="Learning rate after the warm-up: constant, or a half cosine to --final-lr at the end."
     )
     final_lr: float = Field(
-        0.0, ge=0, le=1, description="Where the cosine ends, as a share of --lr; of a constant schedule no matter."
+        0.0, ge=0, le=1, description="Learning rate at the end of --schedule cosine, as a fraction of --lr."
     )
-    warmup_steps: int = Field(0, ge=0, description="Updates over which the learning rate rises linearly from zero.")
+    warmup_steps: int = Field(
+        0, ge=0, description="Number of updates over which the learning rate rises linearly from zero."
+    )
     clip_grad: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
-        None, description="Norm that the gradient of all parameters together is cut to. None: not cut."
+        None, description="Maximum norm of the gradient of all parameters together. None: no clipping."
     )
 
     weight_decay: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="Share of the learning rate by which an update of AdamW shrinks weights; of sgd and lars, that of "
-        "a weight which is added to its gradient.",
+        description="Weight decay: AdamW multiplies weights by 1 - learning rate * weight decay in each update; sgd "
+        "and lars add weight decay * weight to the gradient.",
     )
 
     @model_validator(mode="after")
@@ -216,21 +220,21 @@ class OptimizationSection(Section):
 
 
 class DeviceSection(Section):
-    """Where and how to compute."""
+    """Device, precision, memory format and seed."""
 
     device: Annotated[str, MAY_CHANGE] = Field(
-        "cpu", description="Where to compute: cpu, cuda, cuda:1, mps. An accelerator is taken where there is one."
+        "cpu", description="Device to train on: cpu, cuda, cuda:1, mps. The default is an accelerator if there is one."
     )
     precision: Precision = Field(
         "fp32",
-        description="Number format of convolutions and products; parameters stay fp32. bf16 is chosen where the device "
-        "computes it natively; fp16 is for GPUs without bf16, and slow on a CPU.",
+        description="Number format of convolutions and matrix products; parameters stay fp32. The default is bf16 if "
+        "the device has native instructions for it. fp16 is for GPUs without bf16, and slow on a CPU.",
     )
-    channels_last: bool = Field(True, description="Lay images out with their channels innermost, faster nearly always.")
+    channels_last: bool = Field(True, description="Use the channels-last memory format, which is nearly always faster.")
     compile: Annotated[bool, MAY_CHANGE] = Field(
-        False, description="Compile the model with torch.compile: minutes at the start, faster steps."
+        False, description="Compile the model with torch.compile: this takes minutes at the start and speeds up steps."
     )
-    seed: int = Field(0, ge=0, lt=2**32, description="Determines weights, order, crops and negatives of the run.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of initial weights, order of the data, crops and negatives.")
 
     @model_validator(mode="after")
     def _device_exists(self) -> DeviceSection:
@@ -239,24 +243,24 @@ class DeviceSection(Section):
 
 
 class OutputSection(Section):
-    """What is written while training."""
+    """Logs, checkpoints and the evaluation at the end."""
 
     log_every: Annotated[int, MAY_CHANGE] = Field(
-        20, ge=1, description="Updates between lines of metrics.jsonl, each the mean since the last."
+        20, ge=1, description="Number of updates per line of metrics.jsonl, which contains the means over them."
     )
     checkpoint_every: Annotated[int, MAY_CHANGE] = Field(
-        500, ge=1, description="Updates between checkpoints; one is always written at the end."
+        500, ge=1, description="Number of updates between checkpoints. A checkpoint is always written at the end."
     )
     evaluate: Annotated[bool, MAY_CHANGE] = Field(
         True,
-        description="Measure what the trained model is worth when the last step is done, which may take a minute or "
-        "two; without, the run ends with its files and figures.",
+        description="Evaluate the model after the last step, which may take a minute or two. With --no-evaluate the "
+        "run only writes its files and figures.",
     )
     logger: Annotated[tuple[Logger, ...], MAY_CHANGE] = Field(
         ("tensorboard",),
-        description="Where metrics, config and figures go besides metrics.jsonl and metrics.csv; several may be given, "
-        "or none. wandb and mlflow need their libraries, cpc_ext[wandb] and cpc_ext[mlflow], and write into the run's "
-        "folder.",
+        description="Loggers that receive metrics, config and figures, in addition to metrics.jsonl and metrics.csv; "
+        "any number of them, or none. wandb and mlflow need the extras cpc_ext[wandb] and cpc_ext[mlflow], and write "
+        "into the run's folder.",
     )
 
     @field_validator("logger", mode="before")
@@ -278,7 +282,7 @@ class RunConfig(Section):
 
     model: Model = Field(
         "cpc-v1",
-        description="What to train; it decides which options there are. "
+        description="Model to train; it determines which options exist. "
         + " ".join(f"{model}: {published(model)}" for model in MODELS),
     )
     data: DataSection = Field(default_factory=DataSection)

@@ -17,8 +17,8 @@ class CPCAudioSection(SequencePredictionSection):
 
     recipe: Literal["original", "modified"] = Field(
         "original",
-        description="Whose settings are the defaults of all others. original: the paper's as Greedy InfoMax's program "
-        "has them; modified: those of Rivière et al. 2020, CPC_audio.",
+        description="Settings that are the defaults of the other options. original: those of the paper, as implemented "
+        "in Greedy InfoMax's program; modified: those of Rivière et al. 2020, CPC_audio.",
     )
 
 

@@ -16,7 +16,7 @@ class CPCSection(PredictionSection):
     """The networks and the prediction task of contrastive predictive coding."""
 
     neg_samples: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
-        16, description="Negatives sampled for each prediction, or all: every other target in the batch."
+        16, description="Number of negatives sampled for each prediction, or all: every other target in the batch."
     )
 
     @model_validator(mode="after")
@@ -32,7 +32,7 @@ class CPCConfig(PredictionConfig):
     cpc: CPCSection = Field(default_factory=CPCSection)
 
     def keys_by_step(self, images: int) -> list[int]:
-        """Return the number of keys, the target included, of each step ahead. images: contrasted with each other."""
+        """Return the number of keys, including the target, of each step ahead. images: number contrasted together."""
         options, grid_size = self.cpc, self.view.grid_size
         if options.neg_samples != "all":
             return [options.neg_samples + 1]

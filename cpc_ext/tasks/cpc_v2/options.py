@@ -19,34 +19,42 @@ class CPCv2Section(PredictionSection):
 
     recipe: Literal["short", "published"] = Field(
         "short",
-        description="Whose settings are the defaults of all others where a preset is for runs of minutes: short: those "
-        "that learn most in minutes; published: the paper's norm, colours and scale of the predictions.",
+        description="Settings that are the defaults of the other options, if the data set's preset is for runs of "
+        "minutes. short: the settings that learn most in minutes; published: the paper's norm, colours and scale of "
+        "the predictions.",
     )
-    norm: Norm = Field("layer", description=f"{NORM_HELP} CPC v2 has layer norm.")
+    norm: Norm = Field("layer", description=f"{NORM_HELP} The published CPC v2 uses layer norm.")
     context_layers: int = Field(
-        5, ge=1, le=1000, description="Residual blocks of a context network; each sees one row further up."
+        5,
+        ge=1,
+        le=1000,
+        description="Number of residual blocks of a context network; each one sees one row further up.",
     )
-    context_channels: int = Field(256, ge=1, le=MOST, description="Channels inside a block of a context network.")
+    context_channels: int = Field(256, ge=1, le=MOST, description="Inner channels of a context network's blocks.")
     shared_context: bool = Field(
         False,
-        description="One context network for all directions, as in CPCV2-PyTorch; otherwise each has its own.",
+        description="Use one context network for all directions, as in CPCV2-PyTorch, rather than one for each.",
     )
     pred_directions: int = Field(
-        4, ge=1, le=4, description="Directions predicted in: 1 is down, 2 to 4 add the grid turned by 90 degrees each."
+        4,
+        ge=1,
+        le=4,
+        description="Number of directions to predict in: 1 is down; each further one turns the grid by 90 degrees.",
     )
     target_channels: int = Field(
         64,
         ge=1,
         le=MOST,
-        description="Channels of the projections that are predicted and contrasted with all of the batch.",
+        description="Channels of the projected encodings that are predicted and contrasted with all of the batch.",
     )
     prediction_scale: float = Field(
-        0.1, gt=0, le=100, description="Factor of the predictions, and so of the logits at the start."
+        0.1, gt=0, le=100, description="Factor that scales the predictions, and thus the initial logits."
     )
     variant: Literal["paper", "lightning-bolts"] = Field(
         "paper",
-        description="lightning-bolts: as that program's CPC_v2, which pads context networks in its own way, predicts "
-        "all steps by one convolution and weighs step k by k; for one direction and all steps that the grid has.",
+        description="paper: as published; lightning-bolts: as Lightning Bolts' CPC_v2, which pads context networks in "
+        "its own way, predicts all steps with one convolution and weights the loss of step k by k. lightning-bolts "
+        "needs one direction and all steps that fit the grid.",
     )
 
 

@@ -16,24 +16,24 @@ __all__ = ["CONFIG", "PRESETS", "GreedyConfig", "GreedySection"]
 
 
 class GreedySection(ModulesSection):
-    """The modules of Greedy InfoMax, what they learn by, and in which order or place."""
+    """The modules of Greedy InfoMax, their objective, which of them to train, and in which processes."""
 
     modules: int = Field(
         3,
         ge=1,
         le=1000,
-        description="Modules that the encoder's stacks are shared among, each with a loss of its own. 1 is the encoder "
-        "end to end, with a context network: CPC.",
+        description="Number of modules that the encoder's stacks are divided into, each with a loss of its own. 1: the "
+        "encoder end to end, with a context network, which is CPC.",
     )
     split_at: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
         None,
-        description="Blocks that all modules but the first begin with, counted from 0 over all stacks; replaces "
+        description="Index of the first block of each module but the first, counted from 0 over all stacks. Replaces "
         "--modules.",
     )
     objective: Literal["infonce", "supervised"] = Field(
         "infonce",
-        description="What a module learns by: InfoNCE, or the labels through a linear classifier of its own (with "
-        "--modules 1 a supervised encoder end to end).",
+        description="Loss of each module: InfoNCE, or the cross-entropy of the labels from a linear classifier of its "
+        "own (with --modules 1: a supervised encoder, trained end to end).",
     )
     init: Literal["he", "delta-orthogonal"] = Field(
         "he",
@@ -41,11 +41,11 @@ class GreedySection(ModulesSection):
     )
     cache_outputs: Path | None = Field(
         None,
-        description="Folder to keep the outputs of the frozen modules in, computed once and read from the disk. It "
-        "fixes the crops: --cache-views of each image. None: they are computed in every step, for new crops.",
+        description="Folder for a cache of the frozen modules' outputs, which are computed once and then read from "
+        "disk. This fixes the crops: --cache-views of each image. None: compute them in every step, for new crops.",
     )
     cache_views: int = Field(
-        1, ge=1, description="Random crops of each image whose outputs are kept with --cache-outputs."
+        1, ge=1, description="Number of random crops of each image that --cache-outputs caches the outputs of."
     )
 
     @property

@@ -16,15 +16,15 @@ __all__ = ["CONFIG", "PRESETS", "GreedyAudioConfig", "GreedyAudioSection"]
 
 
 class GreedyAudioSection(ModulesSection):
-    """The modules of Greedy InfoMax, and in which order or place they learn."""
+    """The modules of Greedy InfoMax, which of them to train, and in which processes."""
 
     modules: Literal[1, 5, 6] = Field(
         6,
-        description="6: every convolution, and the context network, learn by themselves; 5: the context network learns "
-        "with the last convolution; 1: all end to end, which is CPC.",
+        description="Number of modules. 6: each convolution and the context network; 5: each convolution, with the "
+        "context network in the last module; 1: the whole network end to end, which is CPC.",
     )
     context_per_module: bool = Field(
-        False, description="Give each convolution's module a context network of its own; with --modules 5."
+        False, description="Give each convolution's module a context network of its own. Needs --modules 5."
     )
 
     @property

@@ -14,9 +14,11 @@ __all__ = ["CONFIG", "PRESETS", "MoCoConfig", "MoCoSection"]
 class MoCoSection(TwoViewSection):
     """The networks, the views and the queue of MoCo."""
 
-    queue_size: int = Field(65536, ge=1, le=2**24, description="Keys of earlier batches that a view is told from.")
+    queue_size: int = Field(
+        65536, ge=1, le=2**24, description="Number of keys of earlier batches in the queue, which are the negatives."
+    )
     key_momentum: float = Field(
-        0.999, ge=0, lt=1, description="Share of the key networks' weights that stays at an update."
+        0.999, ge=0, lt=1, description="Fraction of the key networks' weights that an update keeps (momentum)."
     )
 
     @model_validator(mode="after")

@@ -11,20 +11,20 @@ __all__ = ["CONFIG", "PRESETS", "PixelCNNPPConfig", "PixelCNNPPSection"]
 
 
 class PixelCNNPPSection(PixelSection):
-    """The network that predicts every pixel of an image from those before it, and what is looked at on the way."""
+    """The network, which predicts every pixel of an image from those before it, and its evaluation in training."""
 
     layers: int = Field(
-        2, ge=1, le=1000, description="Gated blocks of a stream at each of three resolutions. Published: 5."
+        2, ge=1, le=1000, description="Number of gated blocks of a stream at each of three resolutions. Published: 5."
     )
     hidden_channels: int = Field(96, ge=1, le=MOST, description="Channels of each of the two streams. Published: 160.")
-    mixtures: int = Field(10, ge=1, le=1000, description="Logistic distributions that are mixed for a pixel.")
-    dropout: float = Field(
-        0.5, ge=0, lt=1, description="Probability of leaving a channel out of a gated block while training."
+    mixtures: int = Field(
+        10, ge=1, le=1000, description="Number of components of the mixture of logistics for each pixel."
     )
+    dropout: float = Field(0.5, ge=0, lt=1, description="Dropout rate of the channels in each gated block.")
     data_init: bool = Field(
         True,
-        description="Start from weights with which, on a batch of the images, all layers give values of mean 0 and "
-        "deviation 1.",
+        description="Use data-dependent initial weights: on a batch of the images, the outputs of all layers have mean "
+        "0 and standard deviation 1.",
     )
 
 
@@ -49,7 +49,7 @@ _STL10: Preset = {
     "pixelcnn": {**_CIFAR["pixelcnn"], "sample_every": 5000},
     "optimization": {**PIXEL_PRESETS["stl10"]["optimization"], "lr": 1e-3},
 }
-# Minutes on two CPU cores. Textures without end need no dropout.
+# Minutes on two CPU cores. Generated textures are not limited in number and need no dropout.
 _TEXTURES: Preset = {
     "data": {"image_size": 32},
     "pixelcnn": {"layers": 1, "hidden_channels": 24, "dropout": 0.0, "sample_every": 250, "ema_decay": 0.99},

@@ -1,4 +1,4 @@
-"""The options of supervised contrast."""
+"""The options of SupCon (supervised contrastive learning)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["CONFIG", "PRESETS", "SupConConfig", "SupConSection"]
 
 
 class SupConSection(TwoViewSection):
-    """The networks, the views and the loss of supervised contrast; it learns from images with labels."""
+    """The networks, the views and the loss of SupCon, which learns from images with labels."""
 
     @model_validator(mode="after")
     def _views_are_gathered(self) -> SupConSection:
@@ -20,7 +20,7 @@ class SupConSection(TwoViewSection):
 
 
 class SupConConfig(TwoViewConfig):
-    """A run of supervised contrast."""
+    """A run of SupCon."""
 
     supcon: SupConSection = Field(default_factory=SupConSection)
 
