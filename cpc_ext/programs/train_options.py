@@ -40,9 +40,10 @@ __all__ = ["PROGRAM", "Command", "defaults_of", "describe", "parse"]
 PROGRAM = "python -m cpc_ext.train"
 _DESCRIPTION = (
     "Train a model of images or of speech without labels: by default an encoder by contrastive predictive coding, "
-    "measured with a linear probe; or a PixelCNN, measured in bits per dimension. Without further options it trains on "
-    "generated textures, or voices, in minutes on two CPU cores. Options and defaults shown are those of the model "
-    "chosen by --model, the data set chosen by --dataset, and where a model has several the --recipe, on this machine."
+    "evaluated with a linear probe; or a PixelCNN, evaluated in bits per dimension. Without further options it trains "
+    "on generated textures, or voices, in minutes on two CPU cores. Options and defaults shown are those of the model "
+    "chosen by --model, the data set chosen by --dataset and, for models with several recipes, the --recipe, on this "
+    "machine."
 )
 
 
@@ -78,14 +79,14 @@ class Command:
     resume: Annotated[
         bool,
         tyro.conf.arg(
-            help="Go on with the run in --out-dir from its last checkpoint, with the run's own options. Only length, "
-            "logging, device, compiling and the place of the data may be given anew; a longer run follows the schedule "
-            "of its new length."
+            help="Continue the run in --out-dir from its last checkpoint, with its own options. Only options of "
+            "length, logging, evaluation, device, compilation, the pipeline of modules and the location of the data "
+            "may change; a longer run follows the schedule of its new length."
         ),
     ] = False
     config: Annotated[
         Path | None,
-        tyro.conf.arg(help="Repeat a run: its config.yaml gives the defaults of all options."),
+        tyro.conf.arg(help="The config.yaml of a run to repeat, which sets the defaults of all options."),
     ] = None
     # The field names of the options that were given, and whether all others come from a preset. A preset's values may
     # be adapted to the data; an earlier run's are not.
