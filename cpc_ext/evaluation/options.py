@@ -18,28 +18,29 @@ __all__ = ["FINETUNE_LR", "MODES", "SPEECH_MEASURES", "EvaluationOptions", "pars
 FINETUNE_LR = 1e-3
 
 MODES = {
-    "linear": "logistic regression on frozen encodings, its regularisation chosen on held-out parts of the subset",
-    "knn": "weighted nearest neighbours of frozen encodings, with the cosine and temperature 0.07",
-    "finetune": "encoder and linear classifier trained together from the run's weights, by AdamW: at the run's --lr "
-    f"where its --optimizer is adam, else at {FINETUNE_LR:g}, and the encoder at half of that",
-    "supervised": "the same from fresh initial weights, all at the whole rate",
-    "untrained": "linear on the encodings of the run's initial weights",
+    "linear": "logistic regression on frozen encodings, with a regularisation chosen on held-out parts of the subset",
+    "knn": "weighted nearest neighbours of frozen encodings, by cosine similarity, with temperature 0.07",
+    "finetune": "encoder and linear classifier, trained together from the run's weights with AdamW; the learning rate "
+    f"is the run's --lr if its --optimizer is adam, else {FINETUNE_LR:g}, and half of that for the encoder",
+    "supervised": "the same from new initial weights, with the full learning rate for all",
+    "untrained": "linear, on encodings by the run's initial weights",
 }
 
 
 # Measures of runs on speech.
 SPEECH_MEASURES = {
-    "phones": "the phone of a frame, by a linear classifier",
-    "phones-hidden": "the same by a classifier with a hidden layer",
-    "speakers": "the speaker of a recording, by a linear classifier of the frames' mean",
-    "speakers-last": "the same of the last frame",
-    "abx": "how often a phone is nearer to another phone than to itself, within and across speakers",
+    "phones": "accuracy of a linear classifier of each frame's phone",
+    "phones-hidden": "the same for a classifier with a hidden layer",
+    "speakers": "accuracy of a linear classifier of a recording's speaker, from the mean of its frames",
+    "speakers-last": "the same from the last frame",
+    "abx": "ABX error: how often an instance of a phone is nearer to another phone than to one of the same phone, "
+    "within and across speakers",
 }
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What the options say; each is described where the command line describes it."""
+    """The parsed options; their help texts describe them."""
 
     runs: Annotated[
         tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]", help="Folders of runs.")
@@ -47,75 +48,79 @@ class EvaluationOptions:
     labels: Annotated[
         str,
         tyro.conf.arg(
-            help="Labels to learn from, with commas between them: a number of every class, such as 10, or a share of "
-            "every class's, such as 1%, of which each class gets at least one."
+            help="Numbers of labels to learn from, separated by commas: labels per class, such as 10, or a percentage "
+            "of each class's labels, such as 1%, but at least one label per class."
         ),
     ] = "1%,10%,100%"
     mode: Annotated[
         str,
         tyro.conf.arg(
-            help="Ways to learn, with commas between them, or all. "
+            help="Methods of learning from the labels, separated by commas, or all. "
             + "; ".join(f"{name}: {what}" for name, what in MODES.items())
             + "."
         ),
     ] = "linear,knn"
-    repeats: Annotated[int, tyro.conf.arg(help="Random subsets of each size; of all labels there is only one.")] = 3
-    seed: Annotated[int, tyro.conf.arg(help="Determines the subsets, and what training draws.")] = 0
-    neighbours: Annotated[int, tyro.conf.arg(help="Nearest neighbours that vote; all where there are fewer.")] = (
-        NEIGHBOURS
-    )
+    repeats: Annotated[
+        int, tyro.conf.arg(help="Number of random subsets of each size; with all labels there is only one.")
+    ] = 3
+    seed: Annotated[int, tyro.conf.arg(help="Seed of the subsets and of training.")] = 0
+    neighbours: Annotated[
+        int, tyro.conf.arg(help="Number of nearest neighbours that vote; all images if there are fewer.")
+    ] = NEIGHBOURS
     finetune_epochs: Annotated[
         int,
         tyro.conf.arg(
-            help="Passes over the labelled images, in batches of at most 32, of finetune and supervised alike."
+            help="Number of passes of finetune and supervised over the labelled images, in batches of at most 32."
         ),
     ] = 10
     finetune_steps: Annotated[
-        int, tyro.conf.arg(help="Updates of finetune and supervised that there are at least, however few the labels.")
+        int, tyro.conf.arg(help="Minimum number of updates of finetune and supervised, however few the labels.")
     ] = 300
     per_module: Annotated[
         bool,
         tyro.conf.arg(
-            help="Instead: a linear probe, of all labels, after every module of Greedy InfoMax, or stack of another "
-            "encoder, drawn by depth for all runs side by side. Of runs on speech: of phones and speakers."
+            help="Instead, train a linear probe with all labels after every module of Greedy InfoMax, or after every "
+            "stack of another encoder, and plot the accuracies of all runs by depth. For runs on speech, the probes "
+            "are those of phones and speakers."
         ),
     ] = False
     measures: Annotated[
         str,
         tyro.conf.arg(
-            help="Of runs on speech, in place of --mode and --labels: what is told from the frames, with commas "
-            "between them, or all. " + "; ".join(f"{name}: {what}" for name, what in SPEECH_MEASURES.items()) + "."
+            help="For runs on speech, in place of --mode and --labels: measures of the frames, separated by commas, or "
+            "all. " + "; ".join(f"{name}: {what}" for name, what in SPEECH_MEASURES.items()) + "."
         ),
     ] = "phones,speakers"
     layer: Annotated[
         str | None,
         tyro.conf.arg(
-            help="Of runs on speech: whose output the frames are, such as encoder, context1 or module2. None: the "
-            "context network's."
+            help="For runs on speech: the layer whose output is evaluated, such as encoder, context1 or module2. None: "
+            "the context network."
         ),
     ] = None
     alignment: Annotated[
         Literal["centers", "front", "same-index"],
         tyro.conf.arg(
-            help="Of runs on speech: which frame has which label. centers: the one centred nearest; front: frames that "
-            "are too many are cut from the front, as Greedy InfoMax's program does; same-index: as CPC_audio does."
+            help="For runs on speech: alignment of frames and labels. centers: each frame has the label with the "
+            "nearest centre; front: surplus frames at the front are dropped, as in Greedy InfoMax's program; "
+            "same-index: frames and labels of equal index are paired, as in CPC_audio."
         ),
     ] = "centers"
     minutes: Annotated[
         float,
-        tyro.conf.arg(help="Of runs on speech: minutes of recordings to learn from, and half as many to test on."),
+        tyro.conf.arg(help="For runs on speech: minutes of recordings to learn from; half as many are tested on."),
     ] = 60.0
     data_dir: Annotated[
-        Path | None, tyro.conf.arg(help="Folder of the run's data set. None: where it was when the run was trained.")
+        Path | None, tyro.conf.arg(help="Folder of the run's data set. None: the folder that the run was trained with.")
     ] = None
-    device: Annotated[str, tyro.conf.arg(help="Where to compute: cpu, cuda, cuda:1, mps.")] = field(
+    device: Annotated[str, tyro.conf.arg(help="Device to compute on: cpu, cuda, cuda:1, mps.")] = field(
         default_factory=default_device
     )
     out: Annotated[
         Path | None,
         tyro.conf.arg(
-            help="The PNG that several runs are compared in. None: evaluation/comparison.png in the first run's folder "
-            "(with --per-module accuracy_by_depth.png)."
+            help="PNG file of the figure that compares several runs. None: evaluation/comparison.png in the first "
+            "run's folder (with --per-module: accuracy_by_depth.png)."
         ),
     ] = None
 

@@ -12,9 +12,9 @@ from cpc_ext.programs.command_line import Program
 __all__ = ["Command", "main"]
 
 _DESCRIPTION = (
-    "Compare every op, forward and backward and in every type, with its plain PyTorch reference on this machine's "
-    "devices. Prints a table and what the build and the machine are, which is what a bug report should contain. The "
-    "exit status is 0 where all agree."
+    "Compare every op, forward and backward and in every dtype, with its plain PyTorch reference on this machine's "
+    "devices. Prints a table, and descriptions of the build and the machine, which a bug report should contain. The "
+    "exit status is 0 if all ops agree with their references."
 )
 
 
@@ -23,7 +23,7 @@ class Command:
     """The parsed options; their help texts describe them."""
 
     device: Annotated[
-        Literal["all", "cpu", "cuda"], tyro.conf.arg(help="Where to run the ops. all: the CPU and every CUDA device.")
+        Literal["all", "cpu", "cuda"], tyro.conf.arg(help="Devices to run on. all: the CPU and every CUDA device.")
     ] = "all"
 
 

@@ -16,10 +16,10 @@ from cpc_ext.training.errors import TrainingError
 __all__ = ["Command", "Source", "main"]
 
 _DESCRIPTION = (
-    "Turn a checkpoint of another program into a run's folder, for python -m cpc_ext.evaluate, sample and train "
+    "Convert a checkpoint of another program into a run's folder, for python -m cpc_ext.evaluate, sample and train "
     "--resume-from (with --source and a new folder as --out); or write a run's model as a checkpoint that such a "
-    "program loads (with --to and a file as --out). What a checkpoint is of, is recognised from names and shapes; no "
-    "code from it is run."
+    "program loads (with --to and a file as --out). The kind of model in a checkpoint is recognised from names and "
+    "shapes; no code from it is run."
 )
 
 if TYPE_CHECKING:
@@ -37,34 +37,35 @@ class Command:
         tyro.conf.Positional,
         tyro.conf.arg(
             metavar="CHECKPOINT [CHECKPOINT ...]",
-            help="The file, the files of all modules, first to last, or the folder of a run on sound. With --to the "
-            "folder of a run.",
+            help="The checkpoint: a file, the files of all modules from first to last, or the folder of another "
+            "program's run on sound. With --to: the folder of a run of cpc_ext.",
         ),
     ]
     out: Annotated[
         Path,
         tyro.conf.arg(
-            help="Folder of the new run. With --to the file: safetensors by its ending, otherwise PyTorch's."
+            help="Folder of the new run. With --to: the file to write, in safetensors format if its name ends in "
+            ".safetensors, otherwise in PyTorch's."
         ),
     ]
-    source: Annotated[Source | None, tyro.conf.arg(help="The program that the checkpoint is of.")] = None
-    to: Annotated[Source | None, tyro.conf.arg(help="The program that is to load the run's model.")] = None
+    source: Annotated[Source | None, tyro.conf.arg(help="The program that wrote the checkpoint.")] = None
+    to: Annotated[Source | None, tyro.conf.arg(help="The program that should load the run's model.")] = None
     dataset: Annotated[
         DatasetName | None,
         tyro.conf.arg(
-            help="The run's images or recordings. None: those that the program has for patches or images of this size; "
-            "your own recordings."
+            help="Data set of the new run. None: the one that the program uses for patches or images of this size; for "
+            "sound, your own recordings."
         ),
     ] = None
-    data_dir: Annotated[Path | None, tyro.conf.arg(help="Folder of their files.")] = None
+    data_dir: Annotated[Path | None, tyro.conf.arg(help="Folder of the data set's files.")] = None
     grid_size: Annotated[
         int | None, tyro.conf.arg(help="Patches along a side of the grid. None: as in the program's examples.")
     ] = None
     image_size: Annotated[
         int | None,
         tyro.conf.arg(
-            help="Side in pixels of the crop that is cut into patches, or of the images of models that see whole ones. "
-            "None: as in the program's examples."
+            help="Side in pixels of the crop that is cut into patches, or of the images if the model takes whole "
+            "images. None: as in the program's examples."
         ),
     ] = None
     patch_size: Annotated[
@@ -72,7 +73,7 @@ class Command:
     ] = None
     norm: Annotated[
         Literal["layer", "instance"] | None,
-        tyro.conf.arg(help="Which of the two an encoder has whose weights fit both. None: what the file's name tells."),
+        tyro.conf.arg(help="Norm of the encoder, if its weights fit both choices. None: taken from the file's name."),
     ] = None
 
 

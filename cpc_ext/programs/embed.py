@@ -18,10 +18,10 @@ from cpc_ext.training.run_dir import RunDir
 __all__ = ["Command", "main"]
 
 _DESCRIPTION = (
-    "Write the encodings of images by the encoder of a run: float32, one row an image, in the order of the sorted file "
-    "names. A .npy file holds the encodings, and NAME.names.json beside it the file names; a .safetensors file holds "
-    'both, the encodings as "features" and the file names as JSON under "names" in its metadata. Of a run on speech: '
-    "the frames of recordings, and their times, in a folder with files for each."
+    "Write the encodings of images by the encoder of a run: float32, one row per image, in the order of the sorted "
+    "file names. A .npy file contains the encodings, and NAME.names.json next to it the file names; a .safetensors "
+    'file contains both, the encodings as "features" and the file names as JSON under "names" in its metadata. For a '
+    "run on speech: write the frames of recordings, and their times, to a folder with files for each recording."
 )
 
 _SUFFIXES = (".npy", ".safetensors")
@@ -34,53 +34,57 @@ class Command:
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="Folder of the run.")]
     data_dir: Annotated[
         Path | None,
-        tyro.conf.arg(help="Folder of images, at any depth; or of another --dataset's files. None: the user's cache."),
+        tyro.conf.arg(
+            help="Folder of the images, or of recordings for a run on speech, at any depth; or folder of another "
+            "--dataset's files. None: the user's cache, for published data sets."
+        ),
     ] = None
-    dataset: Annotated[DatasetName, tyro.conf.arg(help="Where the images come from.")] = "folder"
+    dataset: Annotated[DatasetName, tyro.conf.arg(help="Source of the images.")] = "folder"
     split: Annotated[
         Literal["all", "pretrain", "train", "test"] | None,
         tyro.conf.arg(
-            help="Which images of a --dataset other than folder. They are named as in their files, x[0] or "
-            "train.tar/KEY, and in the order of these names, otherwise SPLIT/NUMBER. None: all of your own files, else "
-            "train."
+            help="Split of a --dataset other than folder. Its images have the names of their files, such as x[0] or "
+            "train.tar/KEY, and are sorted by them; images without file names are named SPLIT/NUMBER. None: all for "
+            "your own files, otherwise train."
         ),
     ] = None
     image_size: Annotated[
         int | None,
         tyro.conf.arg(
-            help="Side in pixels that your own images are resized to, their middle cut out, before the run's crop. "
-            "None: height and width of the run's own images."
+            help="Side in pixels of the square that your own images are resized and center-cropped to before the run's "
+            "crop. None: height and width of the run's own images."
         ),
     ] = None
     per_patch: Annotated[
         bool,
         tyro.conf.arg(
-            help="An encoding of every patch, [N, D, rows, cols], in place of their mean, [N, D]. Models of whole "
-            "images have one patch."
+            help="Write the encoding of every patch, [N, D, rows, cols], instead of their mean, [N, D]. Models of "
+            "whole images have one patch."
         ),
     ] = False
     layer: Annotated[
         str | None,
         tyro.conf.arg(
-            help="Of a run on speech: whose output the frames are, such as encoder, context1 or module2. None: the "
-            "context network's."
+            help="For a run on speech: the layer whose output is written, such as encoder, context1 or module2. None: "
+            "the context network."
         ),
     ] = None
     format: Annotated[
         Literal["npy", "text"],
         tyro.conf.arg(
-            help="Of a run on speech: NAME.npy with frames [L, D] and NAME.times.npy with their centres in seconds, or "
-            "NAME.txt with a line a frame, its time and then its values, as ZeroSpeech submissions have it."
+            help="For a run on speech. npy: NAME.npy with the frames [L, D] and NAME.times.npy with their centres in "
+            "seconds; text: NAME.txt with one line per frame, its time and then its values, as in ZeroSpeech "
+            "submissions."
         ),
     ] = "npy"
-    device: Annotated[str, tyro.conf.arg(help="Where to compute: cpu, cuda, cuda:1, mps.")] = field(
+    device: Annotated[str, tyro.conf.arg(help="Device to compute on: cpu, cuda, cuda:1, mps.")] = field(
         default_factory=default_device
     )
     out: Annotated[
         Path | None,
         tyro.conf.arg(
-            help="File to write, .npy or .safetensors; of a run on speech a folder. None: features.npy, or frames, in "
-            "the run's folder."
+            help="File to write, .npy or .safetensors; for a run on speech, the folder to write to. None: features.npy "
+            "in the run's folder, or its folder frames."
         ),
     ] = None
 

@@ -28,12 +28,12 @@ _PACKAGE = Path(__file__).parents[1]
 
 PROGRAMS = {
     "train": "train a model of images or of speech without labels",
-    "evaluate": "measure a run's encoder with few labels",
-    "sample": "draw images from a run's PixelCNN",
+    "evaluate": "evaluate a run's encoder with few labels",
+    "sample": "sample images from a run's PixelCNN",
     "embed": "write the encodings of images or recordings by a run's encoder",
-    "convert": "turn checkpoints of other programs into runs, and back",
+    "convert": "convert checkpoints of other programs into runs, and back",
     "check": "compare every op with its reference on this machine, for bug reports",
-    "info": "show what this build holds and what it runs on, for bug reports",
+    "info": "describe this build and the machine, for bug reports",
 }
 
 
@@ -52,7 +52,9 @@ def run_program(name: str) -> int:
 
 def _dispatch(arguments: list[str], prog: str) -> int:
     parser = argparse.ArgumentParser(
-        prog=prog, description="Contrastive predictive coding for PyTorch.", epilog=f"{prog} NAME --help tells more."
+        prog=prog,
+        description="Contrastive predictive coding for PyTorch.",
+        epilog=f"{prog} NAME --help lists options.",
     )
     parser.add_argument("--version", action="version", version=f"cpc_ext {__version__}")
     programs = parser.add_subparsers(dest="name", required=True, title="programs")

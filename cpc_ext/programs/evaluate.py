@@ -12,11 +12,11 @@ from cpc_ext.training.run_dir import RunDir
 __all__ = ["Command", "main"]
 
 _DESCRIPTION = (
-    "Measure the encoder of a run with few labels: top-1 and top-5 accuracy on all test images after learning from "
-    "random subsets of the labelled training images. The results are printed as a table and kept, with figures, in "
-    "evaluation/ in the run's folder; what is already there for the same weights, images and settings is taken as it "
-    "is. Several runs are also drawn into one figure. Of runs on speech: how well phones and speakers are told from "
-    "the frames of the model, of the same model untrained, and of log-mel spectra."
+    "Evaluate the encoder of a run with few labels: top-1 and top-5 accuracy on all test images after learning from "
+    "random subsets of the labelled training images. The results are printed as a table and saved, with figures, in "
+    "evaluation/ in the run's folder; saved results of the same weights, images and settings are not computed again. "
+    "Several runs are also compared in one figure. For runs on speech: accuracies of classifiers of phones and "
+    "speakers on the frames of the model, of the same model untrained, and of log-mel spectra."
 )
 
 

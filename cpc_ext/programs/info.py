@@ -13,7 +13,7 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None, *, prog: str = "cpc-ext info") -> int:
     """Run the program; returns the exit status 0, or raises SystemExit with 2 for wrong options."""
-    parser = argparse.ArgumentParser(prog=prog, description="Show what this build holds and what it runs on.")
+    parser = argparse.ArgumentParser(prog=prog, description="Describe this build and the machine.")
     parser.add_argument("--version", action="version", version=f"cpc_ext {__version__}")
     parser.parse_args(arguments)
     print(report())

@@ -15,8 +15,9 @@ from cpc_ext.training.machine import default_device
 __all__ = ["Command", "main"]
 
 _DESCRIPTION = (
-    "Draw images from a PixelCNN that python -m cpc_ext.train has trained, or complete the lower part of an image. "
-    "Every value is drawn given all before it, at the cost of what it adds."
+    "Sample images from a PixelCNN that python -m cpc_ext.train has trained, or complete the lower part of an image. "
+    "Every value is sampled given all values before it; features are cached, so that each step computes only what is "
+    "new."
 )
 
 
@@ -25,37 +26,39 @@ class Command:
     """The parsed options; their help texts describe them."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="Folder of the run.")]
-    n: Annotated[int, tyro.conf.arg(help="Images to draw.")] = 64
+    n: Annotated[int, tyro.conf.arg(help="Number of images to sample.")] = 64
     class_index: Annotated[
         int | None,
         tyro.conf.arg(
             name="class",
-            help="Class to draw, a number from 0; of a model trained with --class-conditional. None: each "
+            help="Index, from 0, of the class to sample, for a model trained with --class-conditional. None: each "
             "class in turn.",
         ),
     ] = None
     temperature: Annotated[
         float,
-        tyro.conf.arg(help="Below 1 the probable becomes more so; 0 always takes the most probable value."),
+        tyro.conf.arg(help="Below 1, likely values become more likely; 0 always takes the most likely value."),
     ] = 1.0
     complete: Annotated[
         Path | None,
         tyro.conf.arg(
-            help="Image whose first --rows are kept and the rest drawn, n times. It is resized, and its middle cut "
-            "out, to the size of the run's images; it comes first in the result. Or an array of such an image or of "
-            "codes, [C, H, W], in a .npy file."
+            help="Image to complete --n times: its first --rows are kept, and the others are sampled. It is resized "
+            "and center-cropped to the size of the run's images, and comes first in the result. Alternatively, a .npy "
+            "file with an array [C, H, W] of such an image or of codes."
         ),
     ] = None
-    rows: Annotated[int | None, tyro.conf.arg(help="Rows of --complete to keep. None: the upper half.")] = None
-    seed: Annotated[int, tyro.conf.arg(help="Determines the draws.")] = 0
-    device: Annotated[str, tyro.conf.arg(help="Where to compute: cpu, cuda, cuda:1, mps.")] = field(
+    rows: Annotated[int | None, tyro.conf.arg(help="Number of rows of --complete to keep. None: the upper half.")] = (
+        None
+    )
+    seed: Annotated[int, tyro.conf.arg(help="Seed of the sampling.")] = 0
+    device: Annotated[str, tyro.conf.arg(help="Device to compute on: cpu, cuda, cuda:1, mps.")] = field(
         default_factory=default_device
     )
     out: Annotated[
         Path | None,
         tyro.conf.arg(
-            help="The PNG to write; or with a name that ends in .npy, NumPy's array of what is drawn, [N, C, H, W]. "
-            "None: sampled.png or completed.png in the run's folder, of a run on codes (--levels) sampled.npy."
+            help="File to write: a PNG, or, if its name ends in .npy, an array [N, C, H, W] of the samples. None: "
+            "sampled.png or completed.png in the run's folder; .npy instead of .png for a run on codes (--levels)."
         ),
     ] = None
 
