@@ -1,4 +1,4 @@
-"""What each method has learned after minutes of one core, or of a GPU: all on the same photographs, judged alike.
+"""Accuracy of the features of each method after minutes of training on one core or a GPU, on the same photographs.
 
 Every method trains for the same time, with the options that `python -m cpc_ext.train --dataset folder` chooses for such
 images, in one process on one core each, or, with ``--device cuda``, one after another on the GPU. A linear probe and
@@ -32,26 +32,27 @@ RUN = Path(__file__).with_name("accuracy_run.py")
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", type=Path, required=True, help="folder of images as --dataset folder takes it")
+    parser.add_argument("--data-dir", type=Path, required=True, help="folder of images, as for --dataset folder")
     parser.add_argument(
         "--minutes",
         type=float,
         nargs="+",
         default=[10.0],
-        help="of training, each a run of its own; 0: as many steps as --options say, where others work on the machine",
+        help="training times in minutes, each in a run of its own (default 10); 0: train for the steps in --options, "
+        "for a machine that is not idle",
     )
-    parser.add_argument("--methods", nargs="+", choices=list(ENTRANTS), help="which of them (default: all)")
+    parser.add_argument("--methods", nargs="+", choices=list(ENTRANTS), help="methods to train (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
         "--options", default="", help="more options of python -m cpc_ext.train for every method, such as '--norm layer'"
     )
     parser.add_argument(
-        "--labels", type=at_least(1), default=10_000, help="labelled images that are learned from at most"
+        "--labels", type=at_least(1), default=10_000, help="maximum number of labelled images (default 10000)"
     )
-    parser.add_argument("--device", default="cpu", help="what trains, such as cuda (default cpu, a core a run)")
-    parser.add_argument("--jobs", type=at_least(1), help="runs at once (default: as many as cores, or one on a GPU)")
+    parser.add_argument("--device", default="cpu", help="device to train on (default cpu, with a core per run)")
+    parser.add_argument("--jobs", type=at_least(1), help="runs at once (default: one per core, or one on a GPU)")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR|FILE.json", help="write JSON and PNG there; goes on with FILE.json"
+        "--out", type=Path, metavar="DIR|FILE.json", help="write JSON and PNG there; an existing FILE.json is continued"
     )
     arguments = parser.parse_args()
     arguments.jobs = arguments.jobs or (os.cpu_count() if arguments.device == "cpu" else 1)

@@ -1,4 +1,4 @@
-"""Our losses against the libraries they stand in for, with gradients: time and memory.
+"""Time and memory of our losses, with gradients, compared with the libraries that they replace.
 
 "eager" is the original's formula in plain PyTorch, "compiled" the same under torch.compile. The library itself is
 measured, too, if it is installed (``pip install '.[originals]'``). Prints a table; with ``--out`` writes it as JSON.
@@ -270,7 +270,7 @@ def main() -> None:
     names = [op.name for op in LOSSES]
     parser.add_argument("--loss", nargs="+", default=names, choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument(
-        "--repeats", type=at_least(2), default=9, help="rounds over all alternatives at most (default 9)"
+        "--repeats", type=at_least(2), default=9, help="maximum number of rounds over all alternatives (default 9)"
     )
     add_common_arguments(parser)
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Where the convolution of `cpc_ext.ops` is faster on the CPU than PyTorch's: the table that `nn.Conv2d` chooses by.
+"""Measures which convolutions `cpc_ext.ops` computes faster on the CPU than PyTorch: the basis of `nn.Conv2d`'s choice.
 
 Measures forward and the gradients of input, weight and bias, channels-last, on one thread, both in turn. Times are CPU
 time, not the clock's, so that other programs hardly matter; the fastest of some rounds counts. Writes one row for each
@@ -98,8 +98,8 @@ def milliseconds(case: Case, rounds: int) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", choices=DTYPES, nargs="*", default=list(DTYPES))
-    parser.add_argument("--rounds", type=at_least(1), default=4, help="timed rounds of a case (default 4)")
-    parser.add_argument("--rule-only", action="store_true", help="mark anew what the rule takes, without measuring")
+    parser.add_argument("--rounds", type=at_least(1), default=4, help="timed rounds of each case (default 4)")
+    parser.add_argument("--rule-only", action="store_true", help="update the choices in the table without measuring")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows: dict[Case, tuple[float, float]] = {}

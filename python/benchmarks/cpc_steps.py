@@ -1,4 +1,4 @@
-"""All steps of CPC with every key of a step as a negative: in one call with a range of keys each, and otherwise.
+"""All steps of CPC with every key of a step as a negative: one call with a range of keys per step, and alternatives.
 
 The grid is 7x7, with five steps and one row skipped, as in CPCV2-PyTorch's example. The contexts of step k are
 contrasted with the encodings from row k + 1 on. Alternatives: ours is one call of ``info_nce`` with ``key_range``; "a

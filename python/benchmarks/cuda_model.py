@@ -1,4 +1,4 @@
-"""The predicted time of every kernel and benchmark problem on GPUs that nobody here has, against eager PyTorch's.
+"""Predicts the time of every kernel and benchmark problem on GPUs that are not available, and that of eager PyTorch.
 
     python python/benchmarks/cuda_model.py                           # every benchmark case, on an H100
     python python/benchmarks/cuda_model.py --machine A100 --kernels  # and each of its launches
@@ -419,11 +419,15 @@ def confront(rows: Sequence[Row], measured: dict[str, Any]) -> list[str]:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--machine", nargs="+", default=["H100"], choices=[*MACHINES], help="default H100")
-    parser.add_argument("--op", nargs="+", metavar="NAME", help="only these")
-    parser.add_argument("--counts", type=Path, metavar="FILE", default=COUNTS, help=f"default: {COUNTS.name}")
-    parser.add_argument("--kernels", action="store_true", help="each launch, with what every limit alone would take")
-    parser.add_argument("--against", type=Path, metavar="FILE", help="a result of kernels.py on the (first) machine")
+    parser.add_argument("--machine", nargs="+", default=["H100"], choices=[*MACHINES], help="GPUs (default H100)")
+    parser.add_argument("--op", nargs="+", metavar="NAME", help="predict only these ops (default: all)")
+    parser.add_argument(
+        "--counts", type=Path, metavar="FILE", default=COUNTS, help=f"counts of the work (default {COUNTS.name})"
+    )
+    parser.add_argument("--kernels", action="store_true", help="also show each launch, with the time of every limit")
+    parser.add_argument(
+        "--against", type=Path, metavar="FILE", help="compare with a result of kernels.py on the first machine"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the predictions there")
     arguments = parser.parse_args()
     for name in ("counts", "against"):

@@ -1,4 +1,4 @@
-"""The time of the product that our kernels share (csrc/core/cuda/product.cuh), by itself: predicted or measured.
+"""Predicts or measures the time of the matrix product that our kernels share (csrc/core/cuda/product.cuh), by itself.
 
     python python/benchmarks/cuda_product.py --trace build/trace-cpython-311/product_check
     python python/benchmarks/cuda_product.py --measure    # on this machine's GPU
@@ -225,9 +225,11 @@ def predict(machine: Machine, tile: Launch, product: Product, code: Code, side: 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--trace", type=Path, metavar="PROGRAM", help="predict: product_check, of a trace build")
+    what.add_argument("--trace", type=Path, metavar="PROGRAM", help="predict with product_check of a trace build")
     what.add_argument("--measure", action="store_true", help="measure on this machine's GPU")
-    parser.add_argument("--product", nargs="+", choices=list(PRODUCTS), metavar="NAME", help="default: all of rows")
+    parser.add_argument(
+        "--product", nargs="+", choices=list(PRODUCTS), metavar="NAME", help="products (default: all of rows)"
+    )
     parser.add_argument("--machine", nargs="+", default=list(MACHINES), choices=list(MACHINES))
     parser.add_argument("--side", type=at_least(1), default=SIDE, help=f"rows, columns and depth (default {SIDE})")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The predicted time of a pixel that PixelCNN++ draws on GPUs, by the kernel that runs its steps.
+"""Predicts the time per pixel of sampling from PixelCNN++ on GPUs, with the kernel that runs all steps of a pixel.
 
     python python/benchmarks/cuda_sampling.py --machine H100 A100
 
@@ -84,12 +84,14 @@ def predict(machine: Machine, model: PixelCNNPP, images: int, side: int) -> Pixe
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--machine", nargs="+", default=["H100"], choices=[*MACHINES], help="default H100")
-    parser.add_argument("--images", type=at_least(1), nargs="+", default=[16], help="drawn together (default 16)")
-    parser.add_argument("--size", type=at_least(4), default=32, help="their side in pixels (default 32)")
-    parser.add_argument("--channels", type=at_least(1), default=40, help="features of a layer (default 40)")
+    parser.add_argument("--machine", nargs="+", default=["H100"], choices=[*MACHINES], help="GPUs (default H100)")
     parser.add_argument(
-        "--blocks", type=at_least(1), default=2, help="of each level (default 2: 1.5 million parameters)"
+        "--images", type=at_least(1), nargs="+", default=[16], help="numbers of images sampled together (default 16)"
+    )
+    parser.add_argument("--size", type=at_least(4), default=32, help="side of the images in pixels (default 32)")
+    parser.add_argument("--channels", type=at_least(1), default=40, help="channels of a layer (default 40)")
+    parser.add_argument(
+        "--blocks", type=at_least(1), default=2, help="blocks of each level (default 2: 1.5 million parameters)"
     )
     arguments = parser.parse_args()
     model = PixelCNNPP(3, channels=arguments.channels, blocks=arguments.blocks).eval()

@@ -1,4 +1,4 @@
-"""What our CUDA kernels ask of a GPU's memory in the benchmarks' problems, counted without one.
+"""Counts the memory accesses of our CUDA kernels in the benchmarks' problems, in an emulation without a GPU.
 
 Each problem of kernels.py runs in the emulation, with a sample of the blocks of each launch, and
 csrc/core/cuda/emulation/traffic.h counts every access. Prints a table; with ``--out`` writes the counts for
@@ -212,13 +212,15 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = list(counted_ops())
     parser.add_argument("--op", nargs="+", default=names, choices=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="of every case (default: each case in its own)")
-    parser.add_argument("--blocks", type=int, default=BLOCKS, help=f"run of each launch (default {BLOCKS}; 0: all)")
-    parser.add_argument("--quick", action="store_true", help="few small sizes")
-    parser.add_argument("--places", action="store_true", help="also each kernel's places that ask for most")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="dtypes of every case (default: the case's own)")
+    parser.add_argument(
+        "--blocks", type=int, default=BLOCKS, help=f"number of blocks to run of each launch (default {BLOCKS}; 0: all)"
+    )
+    parser.add_argument("--quick", action="store_true", help="only a few small sizes")
+    parser.add_argument("--places", action="store_true", help="also show each kernel's places with the most traffic")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the counts there")
-    parser.add_argument("--check", action="store_true", help="exit status 1 where a kernel asks for more than it may")
-    parser.add_argument("--update", action="store_true", help=f"make these counts the budgets of {BUDGETS.name}")
+    parser.add_argument("--check", action="store_true", help="exit with status 1 if a kernel exceeds its limits")
+    parser.add_argument("--update", action="store_true", help=f"write these counts as budgets to {BUDGETS.name}")
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""What goes wrong in contrastive learning: each failure beside the same run without it, on the drawn textures.
+"""Common failures of contrastive learning: each failing run next to the same run without the fault, on textures.
 
 Prints a table; with ``--out`` writes JSON, with the command of every run, and a chart of the contrastive accuracy and
 that of nearest neighbours during training.
@@ -46,8 +46,8 @@ FAILURES = {
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--failures", nargs="+", choices=list(FAILURES), default=list(FAILURES), help="which of them")
-    parser.add_argument("--steps", type=int, help="of each run (default: the model's own)")
+    parser.add_argument("--failures", nargs="+", choices=list(FAILURES), default=list(FAILURES), help="default: all")
+    parser.add_argument("--steps", type=int, help="number of updates of each run (default: the model's preset)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, metavar="DIR|FILE.json", help="write JSON and PNG there")
     return parser.parse_args()

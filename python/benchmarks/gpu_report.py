@@ -1,4 +1,4 @@
-"""Build, test and measure on a machine with a GPU, in one command and within a given time.
+"""Builds, tests and measures cpc_ext on a machine with a GPU, in one command and within a given time.
 
 Builds cpc_ext for this GPU into a temporary folder, and runs the tests that need a GPU, some of them under
 compute-sanitizer, and all benchmarks. Writes report.md, the results and the log of every stage to one folder. The exit
@@ -50,8 +50,8 @@ if info["cuda"] is None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=60, help="end within this time (default 60)")
-    parser.add_argument("--quick", action="store_true", help="small sizes, and memcheck as the only sanitizer")
+    parser.add_argument("--minutes", type=float, default=60, help="time limit in minutes (default 60)")
+    parser.add_argument("--quick", action="store_true", help="small sizes, with memcheck as the only sanitizer")
     parser.add_argument("--out", type=Path, metavar="DIR", help="result folder (default results/DATE-DEVICE)")
     arguments = parser.parse_args()
     if not arguments.minutes > 0:

@@ -1,4 +1,4 @@
-"""Peak memory of a training step: CPC end to end, and the modules of Greedy InfoMax at once or one alone.
+"""Peak memory of a training step of CPC end to end, and of Greedy InfoMax with all modules or only one.
 
 All train the same encoder, Löwe et al. 2019's ResNet-50 v2 without its last stack and without norm, on 7x7 patches of
 16x16 pixels. Memory that is allocated during the whole step, weights and Adam's two moments of trained weights, is
@@ -31,7 +31,7 @@ ADAM_MOMENTS = 2
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--batch-size", type=at_least(1), metavar="B", help="images of a step (default 8, 2 with --quick)"
+        "--batch-size", type=at_least(1), metavar="B", help="images per step (default 8, 2 with --quick)"
     )
     add_common_arguments(parser)
     arguments = parser.parse_args()

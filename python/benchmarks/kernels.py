@@ -1,4 +1,4 @@
-"""Our ops against eager PyTorch and torch.compile, and against what this machine can do at most.
+"""Time and memory of our ops, compared with eager PyTorch, torch.compile and the ceilings of this machine.
 
 Prints a table; with ``--out`` writes it as JSON and as a chart. README.md in this folder says how numbers are taken.
 """
@@ -25,11 +25,11 @@ def parse_arguments() -> argparse.Namespace:
     names = list(all_ops())
     parser.add_argument("--op", nargs="+", default=names, choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument(
-        "--dtype", nargs="+", choices=DTYPES, help="run every case in these (default: each case in its own)"
+        "--dtype", nargs="+", choices=DTYPES, help="dtypes to run every case in (default: the case's own)"
     )
-    parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes seconds a case")
+    parser.add_argument("--no-compile", action="store_true", help="skip torch.compile, which takes seconds per case")
     parser.add_argument(
-        "--repeats", type=at_least(2), default=20, help="rounds over all alternatives at most (default 20)"
+        "--repeats", type=at_least(2), default=20, help="maximum number of rounds over all alternatives (default 20)"
     )
     add_common_arguments(parser)
     return parser.parse_args()

@@ -83,9 +83,9 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ``--device``, ``--quick`` and ``--out``, which all programs here have."""
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument(
-        "--device", type=_device, default=default, metavar="cpu|cuda", help=f"where to run (here {default})"
+        "--device", type=_device, default=default, metavar="cpu|cuda", help=f"device to run on (default {default})"
     )
-    parser.add_argument("--quick", action="store_true", help="few small sizes, to see that everything runs")
+    parser.add_argument("--quick", action="store_true", help="few small sizes, to check that everything runs")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR|FILE.json", help="write JSON there, and PNG where the program draws charts"
+        "--out", type=Path, metavar="DIR|FILE.json", help="write JSON there, and PNG if the program draws charts"
     )

@@ -1,4 +1,4 @@
-"""What threads are worth to small problems, on free cores and on cores that several processes want.
+"""The speedup of small problems by two threads, on idle cores and on cores that several processes share.
 
 For each op and for PyTorch's matrix product, on the CPU, this compares a call on two threads with one on a single
 thread, and the throughput of several processes of two threads each with that of one process of one thread times the
@@ -99,10 +99,10 @@ PROBLEMS = {
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--problem", nargs="+", choices=PROBLEMS, default=list(PROBLEMS), metavar="NAME")
-    parser.add_argument("--processes", type=at_least(1), default=4, help="processes at once (default 4)")
-    parser.add_argument("--seconds", type=float, default=2.0, help="that processes run side by side (default 2)")
+    parser.add_argument("--processes", type=at_least(1), default=4, help="concurrent processes (default 4)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="duration of concurrent runs (default 2)")
     parser.add_argument("--repeats", type=at_least(2), default=20, help="rounds of one thread against two (default 20)")
-    parser.add_argument("--quick", action="store_true", help="one size and short runs, to see that everything runs")
+    parser.add_argument("--quick", action="store_true", help="one size and short runs, to check that everything runs")
     parser.add_argument("--out", type=Path, metavar="DIR|FILE.json", help="write JSON there")
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Sampling from PixelCNNs with kept features against running the whole network for every value, or pixel of PixelCNN++.
+"""Sampling from PixelCNNs with cached features, compared with running the whole network for every value or pixel.
 
 The whole network costs the same at every pixel, so one row is timed and multiplied; with kept features, whole images
 are drawn. Both draw the same images from the same noise, which is checked on that row. The fair rival runs the network
@@ -31,11 +31,11 @@ MODELS = {
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME", help="which models")
-    parser.add_argument("--images", type=at_least(1), default=16, help="images drawn together (default 16)")
-    parser.add_argument("--size", type=at_least(2), default=32, help="their side in pixels (default 32)")
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME", help="default: all")
+    parser.add_argument("--images", type=at_least(1), default=16, help="images sampled together (default 16)")
+    parser.add_argument("--size", type=at_least(2), default=32, help="side of the images in pixels (default 32)")
     parser.add_argument("--layers", type=at_least(1), default=12, help="layers or blocks of the network (default 12)")
-    parser.add_argument("--width", type=at_least(1), default=48, help="features of a layer (default 48)")
+    parser.add_argument("--width", type=at_least(1), default=48, help="channels of a layer (default 48)")
     parser.add_argument("--repeats", type=at_least(1), default=3, help="rounds (default 3)")
     add_common_arguments(parser)
     return parser.parse_args()

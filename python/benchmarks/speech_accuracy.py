@@ -1,4 +1,4 @@
-"""What models of speech have learned after minutes of one core: phones and speakers, beside log-mel spectra.
+"""Accuracy of probes of phones and speakers on speech models after minutes of training on one core, and on log-mel.
 
 Every model trains for the same time on the same recordings, with the options of its preset for the generated voices.
 The recordings are those voices, more utterances of them, or recordings in LibriSpeech's layout with phone labels.
@@ -44,25 +44,31 @@ def short(model: str) -> list[str]:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--data-dir", type=Path, help="recordings as --dataset librispeech takes them (default: drawn voices)"
+        "--data-dir", type=Path, help="recordings, as for --dataset librispeech (default: generated voices)"
     )
-    parser.add_argument("--minutes", type=float, nargs="+", default=[10.0], help="of training, each a run of its own")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        nargs="+",
+        default=[10.0],
+        help="training times in minutes, each in a run of its own (default 10)",
+    )
     parser.add_argument(
         "--utterances",
         type=int,
-        help="of each drawn voice for the models to learn from (default: those that probes learn from, 11)",
+        help="number of utterances of each generated voice to train on (default: the 11 that probes learn from)",
     )
     parser.add_argument(
         "--options", default="", help="more options of python -m cpc_ext.train for every model, such as '--lr 2e-4'"
     )
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="which of them")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument(
         "--measures",
         nargs="+",
         choices=("phones", "speakers"),
         default=["phones", "speakers"],
-        help="what to tell from the frames; recordings without labels have no phones",
+        help="probes to train on the frames (default: both); recordings without labels have no phones",
     )
     parser.add_argument("--out", type=Path, metavar="DIR|FILE.json", help="write JSON there")
     arguments = parser.parse_args()

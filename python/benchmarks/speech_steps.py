@@ -1,4 +1,4 @@
-"""Training steps on speech: CPC_audio's and Greedy InfoMax's formulation against ours, with the same settings.
+"""Time and memory of training steps on speech: the formulations of CPC_audio and Greedy InfoMax, compared with ours.
 
 The models are CPC_audio's default (256 channels, channel norm, LSTM, linear predictors, 128 negatives), Greedy
 InfoMax's CPC, and its six modules with ``--subsample`` (512 channels, GRU of 256, 10 negatives). A step is forward,
@@ -89,12 +89,12 @@ def step_of(model: nn.Module, waveforms: Tensor, *, tuned: bool, dtype: torch.dt
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--batch-size", type=at_least(1), metavar="B", help="windows of a step (default 8, 2 with --quick)"
+        "--batch-size", type=at_least(1), metavar="B", help="windows per step (default 8, 2 with --quick)"
     )
     parser.add_argument(
-        "--repeats", type=at_least(2), metavar="N", help="timed steps of each (default 3, 2 with --quick)"
+        "--repeats", type=at_least(2), metavar="N", help="timed steps of each program (default 3, 2 with --quick)"
     )
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 also where the processor has no instructions")
+    parser.add_argument("--bf16", action="store_true", help="use bfloat16 even without native instructions")
     add_common_arguments(parser)
     arguments = parser.parse_args()
     if arguments.batch_size is None:

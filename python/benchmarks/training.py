@@ -1,4 +1,4 @@
-"""One training step of CPC v1 end to end: our default against the plain formulation, and where our time goes.
+"""One training step of CPC v1 end to end: our default compared with the plain formulation, and the time of each stage.
 
 Model and batch are those of CPCV2-PyTorch's STL-10 example, but grey: ResNet-14 without norm, 64x64 crops, a 7x7 grid
 of 16x16 patches, batch 16, 5 steps, 16 negatives, Adam. "plain" is the usual program: float32, NCHW, ``unfold``,
@@ -155,10 +155,12 @@ def step(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--batch-size", type=at_least(1), metavar="B", help="images of a step (default 16, 4 with --quick)"
+        "--batch-size", type=at_least(1), metavar="B", help="images per step (default 16, 4 with --quick)"
     )
-    parser.add_argument("--repeats", type=int, metavar="N", help="timed steps of each (default 7, 2 with --quick)")
-    parser.add_argument("--float32", action="store_true", help="tuned and ours in float32, whatever is native")
+    parser.add_argument(
+        "--repeats", type=int, metavar="N", help="timed steps of each program (default 7, 2 with --quick)"
+    )
+    parser.add_argument("--float32", action="store_true", help="run tuned and ours in float32 in any case")
     add_common_arguments(parser)
     arguments = parser.parse_args()
     if arguments.repeats is None:

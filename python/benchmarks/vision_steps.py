@@ -1,4 +1,4 @@
-"""Training steps on images at equal settings: each model with our ops, and with PyTorch's formulas in their place.
+"""Times of training steps on images at equal settings: each model with our ops, and with PyTorch's formulas instead.
 
 The models are CPC v1 and Greedy InfoMax with three modules (ResNet-14 without norm, 7x7 grey patches of 16x16, 16
 negatives), SimCLR (ResNet-18 with batch norm, CIFAR's stem, two views of 32x32), PixelCNN++ (96 and 48 channels, two
@@ -87,11 +87,11 @@ def make_inputs(case: Case, batch_size: int, device: torch.device) -> Tensor:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", action="append", choices=list(CASES), help="a model alone; may be repeated")
+    parser.add_argument("--case", action="append", choices=list(CASES), help="measure only this model; may be repeated")
     parser.add_argument(
-        "--repeats", type=at_least(2), metavar="N", help="timed steps of each (default 5, 2 with --quick)"
+        "--repeats", type=at_least(2), metavar="N", help="timed steps of each side (default 5, 2 with --quick)"
     )
-    parser.add_argument("--float32", action="store_true", help="both in float32, whatever is native")
+    parser.add_argument("--float32", action="store_true", help="run both sides in float32 in any case")
     add_common_arguments(parser)
     return parser.parse_args()
 
