@@ -1,8 +1,8 @@
-"""Draws what every transform of the patch augmentation does to a patch, at several magnitudes, as a PNG.
+"""Draws the effect of every transform of the patch augmentation on a patch, at several magnitudes, as a PNG.
 
     python python/examples/augmentation_sheet.py --out sheet.png [--images FOLDER]
 
-The patches are images of a folder, cropped to squares and resized, or the middles of generated textures.
+The patches are images of a folder, cropped to squares and resized, or the centres of generated textures.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ ROWS: list[tuple[Transform, str, list[tuple[float, ...]]]] = [
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="the PNG to write")
-    parser.add_argument("--images", type=Path, help="a folder of images (default: drawn textures)")
+    parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
+    parser.add_argument("--images", type=Path, help="folder of images (default: generated textures)")
     parser.add_argument("--patch-size", type=int, default=48, help="side of the patches in pixels (default 48)")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn at random (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random numbers (default 0)")
     arguments = parser.parse_args()
     if arguments.patch_size < 1:
         parser.error(f"--patch-size: at least 1, got {arguments.patch_size}")

@@ -1,4 +1,4 @@
-"""PixelCNN, gated PixelCNN and PixelCNN++ at equal parameters: bits per dimension over steps and over time.
+"""Compares PixelCNN, gated PixelCNN and PixelCNN++ of equal size: bits per dimension over steps and over time.
 
 Trains all three with `python -m cpc_ext.train`, one after another on the same images, and writes comparison.json,
 comparison.md and comparison.png. Widths are chosen so that all have about the same number of parameters. Depths are
@@ -48,25 +48,31 @@ class ComparisonError(Exception):
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", type=Path, metavar="D", help="a folder of images; default: generated textures")
+    parser.add_argument("--data-dir", type=Path, metavar="D", help="folder of images (default: generated textures)")
     parser.add_argument("--image-size", type=int, metavar="N", help="side of the images (default: the preset's)")
     parser.add_argument(
-        "--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="which (default: all three)"
+        "--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="models to train (default: all three)"
     )
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, metavar="N", help="parameter updates of each model (default 600)")
-    length.add_argument("--minutes", type=float, metavar="M", help="training time of each model, at a constant rate")
-    parser.add_argument("--parameters", type=int, default=300_000, metavar="P", help="of each model (default 300000)")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="B", help="images in an update (default 16)")
-    parser.add_argument(
-        "--lr", type=float, default=1e-3, metavar="X", help="learning rate at its highest (default 1e-3)"
+    length.add_argument("--steps", type=int, metavar="N", help="number of updates of each model (default 600)")
+    length.add_argument(
+        "--minutes", type=float, metavar="M", help="training minutes of each model, at a constant learning rate"
     )
-    parser.add_argument("--warmup-steps", type=int, default=50, metavar="N", help="until it is reached (default 50)")
-    parser.add_argument("--seed", type=int, default=0, help="determines the runs (default 0)")
     parser.add_argument(
-        "--device", metavar="cpu|cuda", help="where to train (default: the accelerator of this machine)"
+        "--parameters",
+        type=int,
+        default=300_000,
+        metavar="P",
+        help="number of parameters of each model (default 300000)",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the runs and results")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="B", help="images per update (default 16)")
+    parser.add_argument("--lr", type=float, default=1e-3, metavar="X", help="peak learning rate (default 1e-3)")
+    parser.add_argument("--warmup-steps", type=int, default=50, metavar="N", help="warm-up updates (default 50)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the runs (default 0)")
+    parser.add_argument(
+        "--device", metavar="cpu|cuda", help="device to train on (default: an accelerator if there is one)"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the runs and results")
     parsed = parser.parse_args(arguments)
     if parsed.steps is None and parsed.minutes is None:
         parsed.steps = 600

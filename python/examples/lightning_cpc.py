@@ -39,11 +39,11 @@ class LitCPC(lightning.LightningModule):
 
 def main(arguments: Sequence[str] | None = None) -> LitCPC:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--version", type=int, choices=(1, 2), default=1, help="of CPC (default 1)")
-    parser.add_argument("--images", type=int, default=2000, help="to draw (default 2000)")
-    parser.add_argument("--steps", type=int, default=300, help="updates (default 300)")
+    parser.add_argument("--version", type=int, choices=(1, 2), default=1, help="version of CPC (default 1)")
+    parser.add_argument("--images", type=int, default=2000, help="number of textures to generate (default 2000)")
+    parser.add_argument("--steps", type=int, default=300, help="number of updates (default 300)")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--precision", default="32-true", help="bf16-mixed, for example (default 32-true)")
+    parser.add_argument("--precision", default="32-true", help="precision, such as bf16-mixed (default 32-true)")
     options = parser.parse_args(arguments)
 
     lightning.seed_everything(0)

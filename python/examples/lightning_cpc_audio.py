@@ -51,10 +51,12 @@ class LitCPCAudio(lightning.LightningModule):
 
 def main(arguments: Sequence[str] | None = None) -> LitCPCAudio:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--utterances", type=int, default=11, help="to draw of each of 16 voices (default 11)")
-    parser.add_argument("--steps", type=int, default=300, help="updates (default 300)")
+    parser.add_argument(
+        "--utterances", type=int, default=11, help="utterances to generate of each of 16 voices (default 11)"
+    )
+    parser.add_argument("--steps", type=int, default=300, help="number of updates (default 300)")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--precision", default="32-true", help="bf16-mixed, for example (default 32-true)")
+    parser.add_argument("--precision", default="32-true", help="precision, such as bf16-mixed (default 32-true)")
     options = parser.parse_args(arguments)
 
     lightning.seed_everything(0)

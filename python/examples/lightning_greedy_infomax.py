@@ -1,4 +1,4 @@
-"""Greedy InfoMax as a LightningModule: modules that learn by losses of their own.
+"""Greedy InfoMax as a LightningModule: modules with separate losses.
 
     python python/examples/lightning_greedy_infomax.py [--steps 300]
 
@@ -44,10 +44,10 @@ class LitGreedyInfoMax(lightning.LightningModule):
 
 def main(arguments: Sequence[str] | None = None) -> LitGreedyInfoMax:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=2000, help="to draw (default 2000)")
-    parser.add_argument("--steps", type=int, default=300, help="updates (default 300)")
+    parser.add_argument("--images", type=int, default=2000, help="number of textures to generate (default 2000)")
+    parser.add_argument("--steps", type=int, default=300, help="number of updates (default 300)")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--precision", default="32-true", help="bf16-mixed, for example (default 32-true)")
+    parser.add_argument("--precision", default="32-true", help="precision, such as bf16-mixed (default 32-true)")
     options = parser.parse_args(arguments)
 
     lightning.seed_everything(0)

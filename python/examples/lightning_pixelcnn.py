@@ -39,12 +39,12 @@ class LitPixelCNN(lightning.LightningModule):
 
 def main(arguments: Sequence[str] | None = None) -> LitPixelCNN:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=MODELS, default="gated-pixelcnn", help="(default gated-pixelcnn)")
-    parser.add_argument("--images", type=int, default=2000, help="to draw (default 2000)")
-    parser.add_argument("--side", type=int, default=32, help="of the images in pixels (default 32)")
-    parser.add_argument("--steps", type=int, default=300, help="updates (default 300)")
+    parser.add_argument("--model", choices=MODELS, default="gated-pixelcnn", help="default gated-pixelcnn")
+    parser.add_argument("--images", type=int, default=2000, help="number of textures to generate (default 2000)")
+    parser.add_argument("--side", type=int, default=32, help="side of the images in pixels (default 32)")
+    parser.add_argument("--steps", type=int, default=300, help="number of updates (default 300)")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--precision", default="32-true", help="bf16-mixed, for example (default 32-true)")
+    parser.add_argument("--precision", default="32-true", help="precision, such as bf16-mixed (default 32-true)")
     options = parser.parse_args(arguments)
     if options.model == "pixelcnn++" and options.side % 4:
         parser.error("--side: a multiple of 4 for pixelcnn++")

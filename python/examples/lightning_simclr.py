@@ -1,4 +1,4 @@
-"""SimCLR, MoCo and supervised contrast as a LightningModule: views of an image are found among others.
+"""SimCLR, MoCo or SupCon as a LightningModule: contrastive learning with views of images.
 
     python python/examples/lightning_simclr.py [--model moco | supcon] [--steps 300]
 
@@ -47,10 +47,10 @@ class LitSimCLR(lightning.LightningModule):
 def main(arguments: Sequence[str] | None = None) -> LitSimCLR:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="simclr")
-    parser.add_argument("--images", type=int, default=2000, help="to draw (default 2000)")
-    parser.add_argument("--steps", type=int, default=300, help="updates (default 300)")
+    parser.add_argument("--images", type=int, default=2000, help="number of textures to generate (default 2000)")
+    parser.add_argument("--steps", type=int, default=300, help="number of updates (default 300)")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--precision", default="32-true", help="bf16-mixed, for example (default 32-true)")
+    parser.add_argument("--precision", default="32-true", help="precision, such as bf16-mixed (default 32-true)")
     options = parser.parse_args(arguments)
 
     lightning.seed_everything(0)

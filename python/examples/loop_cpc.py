@@ -1,4 +1,4 @@
-"""Contrastive predictive coding of images, version 1 or 2, in a training loop of one's own.
+"""Contrastive predictive coding of images, version 1 or 2, in a training loop of your own.
 
     python python/examples/loop_cpc.py [--version 2] [--steps 300] [--out encoder.pt]
 
@@ -42,12 +42,12 @@ def make_model(version: int) -> tuple[CPC, PatchView]:
 
 def main(arguments: Sequence[str] | None = None) -> list[float]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--version", type=int, choices=(1, 2), default=1, help="of CPC (default 1)")
-    parser.add_argument("--images", type=int, default=2000, help="to draw (default 2000)")
-    parser.add_argument("--steps", type=int, default=300, help="updates (default 300)")
+    parser.add_argument("--version", type=int, choices=(1, 2), default=1, help="version of CPC (default 1)")
+    parser.add_argument("--images", type=int, default=2000, help="number of textures to generate (default 2000)")
+    parser.add_argument("--steps", type=int, default=300, help="number of updates (default 300)")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--out", type=Path, help="where the encoder's weights go")
+    parser.add_argument("--out", type=Path, help="file to save the encoder's weights to")
     options = parser.parse_args(arguments)
 
     torch.manual_seed(0)

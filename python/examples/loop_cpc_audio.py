@@ -1,4 +1,4 @@
-"""Contrastive predictive coding of speech in a training loop of one's own.
+"""Contrastive predictive coding of speech in a training loop of your own.
 
     python python/examples/loop_cpc_audio.py [--steps 300] [--out model.pt]
 
@@ -32,11 +32,13 @@ def make_model() -> CPC:
 
 def main(arguments: Sequence[str] | None = None) -> list[float]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--utterances", type=int, default=11, help="to draw of each of 16 voices (default 11)")
-    parser.add_argument("--steps", type=int, default=300, help="updates (default 300)")
+    parser.add_argument(
+        "--utterances", type=int, default=11, help="utterances to generate of each of 16 voices (default 11)"
+    )
+    parser.add_argument("--steps", type=int, default=300, help="number of updates (default 300)")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--out", type=Path, help="where the model's weights go")
+    parser.add_argument("--out", type=Path, help="file to save the model's weights to")
     options = parser.parse_args(arguments)
 
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Greedy InfoMax in a training loop of one's own: modules that learn by losses of their own, one after another.
+"""Greedy InfoMax in a training loop of your own: modules with separate losses, one after another in each step.
 
     python python/examples/loop_greedy_infomax.py [--steps 300] [--out encoder.pt]
 
@@ -30,11 +30,11 @@ def make_model() -> tuple[GreedyInfoMax, PatchView]:
 
 def main(arguments: Sequence[str] | None = None) -> list[list[float]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=2000, help="to draw (default 2000)")
-    parser.add_argument("--steps", type=int, default=300, help="updates (default 300)")
+    parser.add_argument("--images", type=int, default=2000, help="number of textures to generate (default 2000)")
+    parser.add_argument("--steps", type=int, default=300, help="number of updates (default 300)")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--out", type=Path, help="where the encoder's weights go")
+    parser.add_argument("--out", type=Path, help="file to save the encoder's weights to")
     options = parser.parse_args(arguments)
 
     torch.manual_seed(0)

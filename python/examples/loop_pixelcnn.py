@@ -1,4 +1,4 @@
-"""A PixelCNN, a gated one or PixelCNN++ in a training loop of one's own, and what it draws.
+"""A PixelCNN, a gated one or PixelCNN++ in a training loop of your own, with samples.
 
     python python/examples/loop_pixelcnn.py [--model pixelcnn++] [--steps 300] [--samples samples.png]
 
@@ -27,13 +27,13 @@ MODELS = {
 
 def main(arguments: Sequence[str] | None = None) -> list[float]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=MODELS, default="gated-pixelcnn", help="(default gated-pixelcnn)")
-    parser.add_argument("--images", type=int, default=2000, help="to draw (default 2000)")
-    parser.add_argument("--side", type=int, default=32, help="of the images in pixels (default 32)")
-    parser.add_argument("--steps", type=int, default=300, help="updates (default 300)")
+    parser.add_argument("--model", choices=MODELS, default="gated-pixelcnn", help="default gated-pixelcnn")
+    parser.add_argument("--images", type=int, default=2000, help="number of textures to generate (default 2000)")
+    parser.add_argument("--side", type=int, default=32, help="side of the images in pixels (default 32)")
+    parser.add_argument("--steps", type=int, default=300, help="number of updates (default 300)")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--samples", type=Path, help="a PNG of what the model draws in the end")
+    parser.add_argument("--samples", type=Path, help="PNG file for samples of the trained model")
     options = parser.parse_args(arguments)
     if options.model == "pixelcnn++" and options.side % 4:
         parser.error("--side: a multiple of 4 for pixelcnn++")

@@ -1,4 +1,4 @@
-"""SimCLR, MoCo and supervised contrast in a training loop of one's own: views of an image are found among others.
+"""SimCLR, MoCo or SupCon in a training loop of your own: contrastive learning with views of images.
 
     python python/examples/loop_simclr.py [--model moco | supcon] [--steps 300] [--out encoder.pt]
 
@@ -38,11 +38,11 @@ def make_model(name: str = "simclr") -> tuple[SimCLR | MoCo | SupCon, SimCLRView
 def main(arguments: Sequence[str] | None = None) -> list[float]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="simclr")
-    parser.add_argument("--images", type=int, default=2000, help="to draw (default 2000)")
-    parser.add_argument("--steps", type=int, default=300, help="updates (default 300)")
+    parser.add_argument("--images", type=int, default=2000, help="number of textures to generate (default 2000)")
+    parser.add_argument("--steps", type=int, default=300, help="number of updates (default 300)")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--out", type=Path, help="where the encoder's weights go")
+    parser.add_argument("--out", type=Path, help="file to save the encoder's weights to")
     options = parser.parse_args(arguments)
 
     torch.manual_seed(0)
