@@ -1,12 +1,12 @@
-"""What the compiler made of the CUDA kernels: a table of the machine code in the compiled module, kernel by kernel.
+"""Measures the machine code of the CUDA kernels in the compiled module: registers, spills, loads and the main loop.
 
     python python/machine_code.py                           # the installed module, compute capability 9.0
-    python python/machine_code.py --kernel score --loops    # these kernels, and every loop of theirs
-    python python/machine_code.py --write                   # today's figures become the budgets, machine_code.csv
+    python python/machine_code.py --kernel score --loops    # these kernels, and each of their loops
+    python python/machine_code.py --write                   # write the present figures as budgets to machine_code.csv
 
-The kernels are read out of the module that was built (``CPC_EXT_NATIVE``, else the installed one), by cuobjdump and
-nvdisasm of the ``test`` extra, so nothing is compiled again. ``tests/csrc/test_machine_code.py`` holds every kernel to
-its line in machine_code.csv.
+Nothing is compiled: cuobjdump and nvdisasm, which the ``test`` extra installs, read the kernels from the built module
+(``CPC_EXT_NATIVE``, else the installed one). ``tests/csrc/test_machine_code.py`` compares every kernel with its line in
+machine_code.csv.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 
 BUDGETS = Path(__file__).with_suffix(".csv")
 ARCHITECTURES = (80, 90, 120)
-# From 9.0 on, what the system keeps for itself of every block's shared memory counts as the kernel's.
+# From compute capability 9.0 on, the shared memory that the system reserves in every block counts as the kernel's.
 RESERVED_SHARED_BYTES = 1024
 
 
@@ -37,7 +37,7 @@ RESERVED_SHARED_BYTES = 1024
 class Instruction:
     """One instruction, with the compiler's schedule: bits 105 to 125 of the 128 that encode it.
 
-    A load names one of six barriers, which holds until its value is there; whoever needs it waits for that barrier.
+    A load sets one of six barriers until its value has arrived; instructions that need the value wait for that barrier.
     """
 
     address: int
@@ -52,23 +52,23 @@ class Instruction:
 
     @property
     def is_tensor(self) -> bool:
-        """A product on tensor cores."""
+        """True for a matrix product on tensor cores."""
         return self.name in ("HMMA", "IMMA", "DMMA", "QMMA", "OMMA", "HGMMA", "IGMMA", "QGMMA")
 
     @property
     def is_global_load(self) -> bool:
-        """A load from global memory, into registers or (LDGSTS) shared memory."""
+        """True for a load from global memory into registers or, by LDGSTS, into shared memory."""
         return self.name in ("LDG", "LDGSTS")
 
     @property
     def width(self) -> int:
-        """Bytes a thread moves."""
+        """Bytes that a thread moves."""
         found = re.search(r"\.(?:[US](8|16)|(64|128))(?:\.|$)", self.opcode)
         return int(found[1] or found[2]) // 8 if found else 4
 
     @property
     def barrier(self) -> int | None:
-        """The barrier that holds until this instruction's result is there."""
+        """The barrier that is set until this instruction's result has arrived, or None."""
         number = self.schedule >> 5 & 7
         return None if number == 7 else number
 
@@ -79,14 +79,14 @@ class Instruction:
 
     @property
     def target(self) -> int | None:
-        """Where a branch leads."""
+        """The address that a branch jumps to, or None."""
         found = re.search(r"\b0x([0-9a-f]+)$", self.operands) if self.name == "BRA" else None
         return int(found[1], 16) if found else None
 
 
 @dataclass
 class Kernel:
-    """A kernel for one architecture. name: as in the sources, without namespaces but the op's."""
+    """A kernel for one architecture. name: as in the sources, without namespaces except the op's."""
 
     name: str
     architecture: int
@@ -97,18 +97,18 @@ class Kernel:
 
     @cached_property
     def loops(self) -> list[Sequence[Instruction]]:
-        """Code between the target of each branch backwards and the branch; of nested loops the outer one first."""
+        """Code from the target of each backward branch to the branch; the outer one of nested loops comes first."""
         index = {instruction.address: i for i, instruction in enumerate(self.code)}
         ends: dict[int, int] = {}
         for i, instruction in enumerate(self.code):
             first = index.get(-1 if instruction.target is None else instruction.target, i)
             if first < i:
-                ends[first] = i  # Of several branches to one place, the last ends the loop.
+                ends[first] = i  # If several branches have the same target, the last one ends the loop.
         return [self.code[first : last + 1] for first, last in sorted(ends.items())]
 
     @cached_property
     def main_loop(self) -> Sequence[Instruction]:
-        """The smallest loop with most products on tensor cores, or multiply-adds; else the one with most loads."""
+        """The smallest loop with most tensor-core products or else multiply-adds; else the one with most loads."""
 
         for count in (_products, _multiplies):
             most = max(map(count, self.loops), default=0)
@@ -123,7 +123,10 @@ def _products(code: Sequence[Instruction]) -> int:
 
 
 def _multiplies(code: Sequence[Instruction]) -> int:
-    """Multiply-adds of a matrix product: at least a quarter of the code, more than divisions and exponentials have."""
+    """Return the number of multiply-adds if they are at least a quarter of the code, as in a matrix product, else 0.
+
+    Divisions and exponentials have a smaller share.
+    """
     count = sum(instruction.name in ("FFMA", "DFMA") for instruction in code)
     return count if 4 * count >= len(code) else 0
 
@@ -133,7 +136,7 @@ def _within(inner: Sequence[Instruction], outer: Sequence[Instruction]) -> bool:
 
 
 def find_tool(name: str) -> str | None:
-    """The path of a program of CUDA's, that of the wheel first."""
+    """Return the path of a program of CUDA, preferably the one in the wheel, or None."""
     spec = importlib.util.find_spec("nvidia")
     places = (spec.submodule_search_locations if spec else None) or ()
     folders = [str(folder) for place in places for folder in Path(place).glob("*/bin")]
@@ -153,7 +156,7 @@ def _cuobjdump(*arguments: str) -> str:
 
 
 def short_names(mangled: Iterable[str]) -> dict[str, str]:
-    """Kernels' names by their mangled ones: ``info_nce::score<float, InTf32>``."""
+    """Return the short names of kernels, such as ``info_nce::score<float, InTf32>``, by their mangled names."""
     mangled = list(mangled)
     demangled = _output(["c++filt"], input="\n".join(mangled)).splitlines()
     return {raw: short_name(whole) for raw, whole in zip(mangled, demangled, strict=True)}
@@ -162,7 +165,7 @@ def short_names(mangled: Iterable[str]) -> dict[str, str]:
 def short_name(demangled: str) -> str:
     name = demangled.replace("(anonymous namespace)::", "").removeprefix("void ")
     name = re.sub(r"\((?:int|bool|cpc::[\w:]+)\)", "", name)  # Casts of template arguments.
-    op = re.search(r"cpc::(\w+)::cuda::", name)  # That of a shared kernel's arguments, where it has none itself.
+    op = re.search(r"cpc::(\w+)::cuda::", name)  # A kernel that ops share has only the op of its arguments.
     depth, end = 0, len(name)
     for i, character in enumerate(name):  # The parameters begin at the first parenthesis outside of template arguments.
         depth += {"<": 1, ">": -1}.get(character, 0)
@@ -181,7 +184,7 @@ ENCODING = re.compile(r"\s+/\* 0x([0-9a-f]{16}) \*/")
 
 
 def parse_code(lines: Iterable[str]) -> Iterator[tuple[str, Instruction]]:
-    """Instructions with the mangled names of their functions, from what ``cuobjdump -sass`` prints."""
+    """Yield the instructions in the output of ``cuobjdump -sass``, with the mangled names of their functions."""
     function, pending = "", None
     for line in lines:
         if found := INSTRUCTION.match(line):
@@ -196,7 +199,7 @@ def parse_code(lines: Iterable[str]) -> Iterator[tuple[str, Instruction]]:
 
 
 def read_kernels(module: Path, architecture: int, select: str = "") -> dict[str, Kernel]:
-    """The kernels of a compiled module or cubin by their short names; ``select`` is part of a name."""
+    """Return the kernels of a compiled module or cubin whose short names contain ``select``, by these names."""
     arguments = ("-arch", f"sm_{architecture}", str(module))
     usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", _cuobjdump("-res-usage", *arguments))
     names = short_names(name for name, *_ in usage)
@@ -213,23 +216,28 @@ def read_kernels(module: Path, architecture: int, select: str = "") -> dict[str,
     return {kernel.name: kernel for kernel in sorted(kernels.values(), key=lambda kernel: kernel.name)}
 
 
-# --- What a kernel is held to ---
+# --- Measures of a kernel ---
 
 
 @dataclass(frozen=True)
 class Measures:
-    """What a kernel's code comes to, first all of it, then its main loop.
+    """Measures of a kernel's machine code.
 
-    registers: of a thread. shared: bytes of static shared memory. stack: bytes of a thread in local memory.
-    local: instructions that access local memory, for what was spilled or is indexed by variables.
-    generic: accesses whose memory is known only when they run. calls: calls of functions, such as long divisions.
-    split: global loads in fours or more of neighbouring narrow values, which one wide load would do.
-    loop: instructions. tensor: products on tensor cores. multiplies: multiply-adds on the ordinary units.
-    barriers: __syncthreads and the like.
-    loads: loads from global memory. load_bytes: what a thread loads with them.
-    waits: places that wait for such a load. ahead: groups of asynchronous copies that need not have arrived yet.
-    early: loads, in loops that multiply what they share, which are waited for before anything is multiplied, so that
-    nothing hides them.
+    Of the whole kernel:
+
+    - registers: registers per thread. shared: bytes of static shared memory. stack: bytes per thread in local memory.
+    - local: instructions that access local memory, because values were spilled or are indexed by variables.
+    - generic: accesses whose memory space is known only at run time. calls: calls of functions, such as long divisions.
+    - split: narrow global loads in groups of four or more neighbouring values, which one wide load could replace.
+
+    Of its main loop:
+
+    - loop: instructions. tensor: products on tensor cores. multiplies: multiply-adds on the ordinary units.
+    - barriers: __syncthreads and the like.
+    - loads: loads from global memory. load_bytes: bytes that a thread loads with them.
+    - waits: places that wait for such a load. ahead: groups of asynchronous copies that may still be in flight.
+    - early: loads that a loop, which multiplies values from shared memory, waits for before it multiplies anything, so
+      that no computation hides their latency.
     """
 
     registers: int
@@ -279,7 +287,7 @@ def measure(kernel: Kernel) -> Measures:
 
 
 def _wait_for(loop: Sequence[Instruction], load: int) -> tuple[int, bool] | None:
-    """The place that waits for a load, in this turn of the loop or the next, and whether products lie between."""
+    """Return the place that waits for a load, in this iteration or the next, and whether products lie in between."""
     barrier = loop[load].barrier
     hidden = False
     for step in range(1, len(loop) if barrier is not None else 0):
@@ -291,14 +299,17 @@ def _wait_for(loop: Sequence[Instruction], load: int) -> tuple[int, bool] | None
 
 
 def reads_ahead(loop: Sequence[Instruction]) -> bool:
-    """Whether a loop multiplies on tensor cores while most of what it multiplies next comes from shared memory."""
+    """Return whether products hide the latency of most of a loop's loads from shared memory."""
     loads = [i for i, instruction in enumerate(loop) if instruction.name in ("LDSM", "LDS") and not instruction.guard]
     waits = [wait for i in loads if (wait := _wait_for(loop, i)) is not None]
     return sum(hidden for _, hidden in waits) * 2 > len(waits) > 0
 
 
 def split_loads(code: Sequence[Instruction]) -> list[list[Instruction]]:
-    """Runs of at least four global loads of one width and guard from neighbouring addresses, in a basic block."""
+    """Return runs, within basic blocks, of four or more global loads from neighbouring addresses.
+
+    The loads of a run have the same width and guard.
+    """
     starts = {instruction.target for instruction in code}
     runs: dict[tuple[str, int, str], list[list[tuple[int, Instruction]]]] = {}
     found = []
@@ -332,7 +343,7 @@ def split_loads(code: Sequence[Instruction]) -> list[list[Instruction]]:
 
 @dataclass(frozen=True)
 class Budgets:
-    """What each kernel had when the budgets were written, by architecture and name, and the nvcc that compiled it."""
+    """Measures of each kernel when the budgets were written, by architecture and name, and the nvcc that was used."""
 
     nvcc: str
     measures: dict[tuple[int, str], Measures]
@@ -358,13 +369,16 @@ class Budgets:
 
 
 def worse_than(budget: Measures, now: Measures) -> list[str]:
-    """What a kernel has lost. Registers are handed out in eights; a loop may grow by a twentieth."""
+    """Return how a kernel is worse than its budget, a line per measure.
+
+    Registers are compared in units of eight, in which they are allocated; a loop may grow by a twentieth.
+    """
 
     def eights(registers: int) -> int:
         return (registers + 7) // 8 * 8
 
     allowed = {**asdict(budget), "registers": eights(budget.registers), "loop": int(budget.loop * 1.05)}
-    # These are no loss in themselves; shares of the loop and of the loads are compared below.
+    # More of these is not worse; their shares of the loop and of the loads are compared below.
     for name in ("tensor", "multiplies", "load_bytes", "ahead"):
         del allowed[name]
     lost = [
@@ -387,7 +401,7 @@ def worse_than(budget: Measures, now: Measures) -> list[str]:
 
 
 def compiled_module() -> tuple[Path, str | None]:
-    """The compiled module that cpc_ext uses, and the nvcc that compiled its kernels, None where it has none."""
+    """Return the compiled module that cpc_ext uses, and the nvcc of its kernels, or None if it has no kernels."""
     from cpc_ext._native import native
 
     cuda = native.build_info()["cuda"]
@@ -395,7 +409,7 @@ def compiled_module() -> tuple[Path, str | None]:
 
 
 def widths(code: Iterable[Instruction]) -> str:
-    """How many accesses of how many bytes, such as ``LDG 4x16 32x2``."""
+    """Return the number of memory accesses by instruction and bytes, such as ``LDG 4x16 32x2``."""
     moving = ("LDG", "LDGSTS", "STG", "LDS", "LDSM", "STS", "LDL", "STL", "LD", "ST")
     counts = Counter((moving.index(i.name), i.width) for i in code if i.name in moving)
     found: dict[str, list[str]] = {}
@@ -421,10 +435,12 @@ def print_kernels(kernels: Iterable[Kernel], *, loops: bool) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--arch", type=int, nargs="+", default=[90], metavar="SM", help="as 80 or 120 (default 90)")
-    parser.add_argument("--kernel", default="", metavar="PART", help="only kernels with this in their names")
-    parser.add_argument("--loops", action="store_true", help="every loop, with its accesses")
-    parser.add_argument("--module", type=Path, help="another compiled module, or a cubin")
+    parser.add_argument(
+        "--arch", type=int, nargs="+", default=[90], metavar="SM", help="architectures, such as 80 or 120 (default 90)"
+    )
+    parser.add_argument("--kernel", default="", metavar="PART", help="show only kernels whose names contain this")
+    parser.add_argument("--loops", action="store_true", help="also show every loop with its memory accesses")
+    parser.add_argument("--module", type=Path, help="another compiled module, or a cubin, to read")
     parser.add_argument("--write", action="store_true", help=f"write the budgets for {ARCHITECTURES}")
     return parser.parse_args()
 

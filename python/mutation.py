@@ -1,8 +1,9 @@
-"""Mutation testing of a room of the package: small changes of its code, one at a time, that its tests ought to find.
+"""Mutation testing of a room, a part of the package with its tests: do the tests find small changes of the code?
 
-From a room and a seed to the share of a random sample of mutants that the room's tests kill, and the survivors as
-diffs. mutmut makes the mutants, learns which tests run which function, and forks a process a mutant, which has all
-modules already and runs those tests, the quickest first. CONTRIBUTING.md tells how to run it and what it taught.
+Prints the survivors of a random sample of the room's mutants as diffs, and the share of mutants that the tests killed.
+mutmut makes the mutants and records which tests run which function. For each mutant it forks a process in which all
+modules are already imported, and runs those tests, the quickest first. CONTRIBUTING.md explains how to run the program
+and how to interpret survivors.
 """
 
 from __future__ import annotations
@@ -24,19 +25,23 @@ def _named(folder: str, *names: str) -> tuple[str, ...]:
     return tuple(f"{folder}/{name}.py" for name in names)
 
 
-# The emulation checks kernels. Others start processes, whose code mutmut does not see; or want one graph of functions,
-# whose mutants it chooses among in ways that torch.compile cannot follow; or several threads, which no fork inherits,
-# and which libgomp waits for all the same.
+# Tests that are not run on mutants: those of the emulation check kernels. Others start processes, whose code mutmut
+# does not see; or need a single graph from torch.compile, which cannot trace mutmut's choice among mutants; or need
+# several threads, which a forked process does not inherit although libgomp waits for them.
 _DESELECTED = (
     "not emulated and not processes and not dead_process and not pipeline and not entry_point"
     " and not compiles_ and not compiled_functions and not threads"
 )
-# The text of messages, which tests are free to quote in part.
+# Lines with the text of messages are not mutated, because tests may quote only a part of a message.
 _MESSAGES = (r"^\s*raise ", r"^\s*warn\(", r"^\s*print\(")
 
 
 class Room(NamedTuple):
-    """files: patterns of what is mutated. tests: what is run: direct tests, as whole runs take seconds a mutant."""
+    """A part of the package with its tests.
+
+    files: patterns of the files to mutate. tests: test files to run; direct tests only, as whole runs take seconds per
+    mutant.
+    """
 
     files: tuple[str, ...]
     tests: tuple[str, ...]
@@ -44,7 +49,7 @@ class Room(NamedTuple):
 
 _TASKS = ("cpc_ext/tasks/*.py", "cpc_ext/tasks/*/*.py")
 ROOMS = {
-    # What one step does, and how long and fast it is done.
+    # A training step and its schedule.
     "steps": Room(
         _named(
             _TRAINING,
@@ -52,7 +57,7 @@ ROOMS = {
         ),
         _named("tests/training", "test_learner", "test_steps", "test_parts"),
     ),
-    # From options to models, batches and files.
+    # Options, tasks and the training loop.
     "training": Room(
         (
             *_named(_TRAINING, "config", "presets", "registry", "task", "loop", "parts", "learner", "schedule"),
@@ -115,17 +120,19 @@ ROOMS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("room", choices=ROOMS)
-    parser.add_argument("--sample", type=int, default=300, help="mutants to try")
-    parser.add_argument("--seed", type=int, default=0, help="determines the sample")
-    parser.add_argument("--processes", type=int, default=1, help="mutants tried at a time")
-    parser.add_argument("--seconds", type=float, default=30, help="of tests that a mutant is tried on, quickest first")
-    parser.add_argument("--survivors", action="store_true", help="try only those that the last run left alive")
+    parser.add_argument("--sample", type=int, default=300, help="number of mutants to try (default 300)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample (default 0)")
+    parser.add_argument("--processes", type=int, default=1, help="number of mutants tried at a time (default 1)")
+    parser.add_argument(
+        "--seconds", type=float, default=30, help="total duration of a mutant's tests, quickest first (default 30)"
+    )
+    parser.add_argument("--survivors", action="store_true", help="try only the mutants that survived the last run")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # No thread survives a fork.
     _enter(options.room)
-    # PyTorch puts off importing it, ten seconds, until a fork needs it.
+    # PyTorch imports this lazily, which takes ten seconds; otherwise every fork that needs it would do so.
     importlib.import_module("torch._dynamo")
-    # It reads its configuration in the folder that it is imported in.
+    # mutmut reads its configuration from the current folder when it is imported.
     from mutmut import __main__ as mutmut
     from mutmut.state import state
     from mutmut.workers.isolation import ForkRunner
@@ -140,12 +147,12 @@ def main() -> None:
         submit(runner, name, quick or tests[:1], limit, estimated)
 
     ForkRunner.submit = submit_quick
-    # The run that tells which tests there are has shown that they pass.
+    # The run that collected the tests has already shown that they pass.
     ForkRunner.run_clean_tests = lambda runner, tests: 0
     mutmut.run_forced_fail_test = lambda runner: None
 
     Path("mutants").mkdir(exist_ok=True)
-    # What an earlier run learned is only added to for tests that are new, not for functions that are.
+    # mutmut updates the statistics of an earlier run for new tests, but not for new functions.
     Path("mutants/mutmut-stats.json").unlink(missing_ok=True)
     mutmut.copy_src_dir()
     mutmut.copy_also_copy_files()
@@ -158,12 +165,12 @@ def main() -> None:
     _report(mutmut, sample)
 
 
-# All else that may become of a mutant has been noticed.
+# Outcomes of mutants that no test noticed.
 _ALIVE = ("survived", "no tests", "not checked")
 
 
 def _enter(room: str) -> None:
-    """Go to a folder of the room's own, build/mutation/ROOM, which is configured and looks like the repository."""
+    """Change to the room's folder, build/mutation/ROOM, with mutmut's configuration and links to the repository."""
     folder = ROOT / "build" / "mutation" / room
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
@@ -179,16 +186,16 @@ def _enter(room: str) -> None:
         "pytest_add_cli_args_test_selection": list(ROOMS[room].tests),
         "use_git_change_detection": False,
         "track_dependencies": False,
-        # The mutant before may have kept the machine busy.
+        # The mutant before may still keep the machine busy.
         "timeout_constant": 5.0,
     }
-    # Lists and strings are written in TOML as in JSON.
+    # TOML writes lists and strings as JSON does.
     lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
     Path("pyproject.toml").write_text("\n".join(["[tool.mutmut]", *lines, ""]))
 
 
 def _statuses(mutmut: Any) -> dict[str, str]:
-    """Every mutant with what became of it."""
+    """Return the status of every mutant, by name."""
     found = {}
     for path in mutmut.walk_mutatable_files():
         data = mutmut.SourceFileMutationData(path=path)
