@@ -32,8 +32,8 @@ class TwoViewSection(ContrastSection, EncoderSection):  # Fields of the last bas
     jitter_strength: Annotated[float, Field(ge=0, le=1.25)] | None = Field(
         None,
         description="Strength s of the colour jitter, as defined in the SimCLR paper: brightness, contrast and "
-        "saturation change by factors within 1 ± 0.8 s, hue by up to 0.2 s of the colour circle. None: 1 ± 0.5 and "
-        "0.1.",
+        "saturation change by factors within 1 ± 0.8 s, hue by up to 0.2 s of the colour circle. None: "
+        "factors within 1 ± 0.5, and hue by up to 0.1.",
     )
     jitter_probability: float = Field(0.8, ge=0, le=1, description="Probability of colour jitter of a view.")
     gray_probability: float = Field(0.2, ge=0, le=1, description="Probability of converting a view to grey.")

@@ -1,4 +1,4 @@
-"""Common failures of contrastive learning: each failing run next to the same run without the fault, on textures.
+"""Common failures of contrastive learning on generated textures: each failing run next to one without the fault.
 
 Prints a table; with ``--out`` writes JSON, with the command of every run, and a chart of the contrastive accuracy and
 that of nearest neighbours during training.

@@ -1,4 +1,4 @@
-"""Accuracy of probes of phones and speakers on speech models after minutes of training on one core, and on log-mel.
+"""Accuracy of probes of phones and speakers on speech models after minutes on one core, and on log-mel spectra.
 
 Every model trains for the same time on the same recordings, with the options of its preset for the generated voices.
 The recordings are those voices, more utterances of them, or recordings in LibriSpeech's layout with phone labels.
