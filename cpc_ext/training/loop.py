@@ -28,6 +28,7 @@ from cpc_ext.training.data_record import data_record, differences
 from cpc_ext.training.distribution import Ranks
 from cpc_ext.training.errors import EncodingsNotFiniteError, TooFewExamplesError, TrainingError, warn, writing
 from cpc_ext.training.meter import FiniteGuard, Meter
+from cpc_ext.training.optimizers import buffers_per_parameter
 from cpc_ext.training.parts import Parts
 from cpc_ext.training.pipeline import Pipeline
 from cpc_ext.training.random_streams import RandomStreams
@@ -135,9 +136,9 @@ class Trainer:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Size of a checkpoint in bytes: parameters, buffers, Adam's two moments per parameter, the task's state."""
+        """Size of a checkpoint in bytes: parameters and buffers, the optimizer's buffers, the task's state."""
         trained = [parameter for part in self._parts.modules for parameter in part.parameters()]
-        tensors = [*trained, *trained, *self._task.model.state_dict().values()]
+        tensors = [*self._task.model.state_dict().values(), *trained * buffers_per_parameter(self._config.optimization)]
         tensors += [value for value in self._task.state_dict().values() if isinstance(value, Tensor)]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 

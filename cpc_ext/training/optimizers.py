@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cpc_ext.training.config import OptimizationSection
 
-__all__ = ["LARS", "optimizer_of"]
+__all__ = ["LARS", "buffers_per_parameter", "optimizer_of"]
 
 
 def optimizer_of(
@@ -37,6 +37,13 @@ def optimizer_of(
     if options.weight_decay:
         return torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay, fused=fused)
     return torch.optim.Adam(parameters, lr=options.lr, fused=fused)
+
+
+def buffers_per_parameter(options: OptimizationSection) -> int:
+    """Return how many tensors of a parameter's size the optimizer keeps: Adam's two moments, or a momentum."""
+    if options.optimizer == "adam":
+        return 2
+    return 0 if options.optimizer == "sgd" and not options.momentum else 1
 
 
 class LARS(torch.optim.Optimizer):

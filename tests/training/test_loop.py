@@ -359,9 +359,23 @@ def test_a_run_that_goes_on_is_the_uninterrupted_one(tmp_path, clock, parts):
     assert states[0] == states[1]
 
 
-def test_what_a_checkpoint_takes(tmp_path):
-    """Two parameters and Adam's moments of each, of 4 bytes, and the task's tensor of 7."""
-    assert trainer_of(tmp_path, Parts(2)).checkpoint_bytes == 4 * (2 + 2 * 2 + 7)
+@pytest.mark.parametrize(
+    ("buffers", "options"),
+    [
+        (2, {"optimizer": "adam"}),
+        (1, {"optimizer": "lars"}),
+        (1, {"optimizer": "sgd"}),
+        (0, {"optimizer": "sgd", "momentum": 0}),
+    ],
+)
+def test_what_a_checkpoint_takes(tmp_path, buffers, options):
+    """Two parameters and the optimizer's buffers of each, of 4 bytes, and the task's tensor of 7."""
+    trainer = trainer_of(tmp_path, Parts(2), steps=1, **options)
+    assert trainer.checkpoint_bytes == 4 * (2 + 2 * buffers + 7)
+    train(trainer)
+    states = [learner.state_dict()["optimizer"]["state"] for learner in trainer._parts.learners]
+    kept = [v for state in states for of in state.values() for n, v in of.items() if n != "step" and v is not None]
+    assert sum(value.numel() for value in kept) == 2 * buffers
 
 
 # Checkpoints.
