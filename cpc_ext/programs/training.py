@@ -191,12 +191,12 @@ def _train(config: RunConfig, command: Command, run: RunDir, ranks: Ranks) -> in
             return 0  # The main process does the rest.
         results: dict[str, float] = {}
         if config.output.evaluate:
-            ranks.say("measuring what the trained model is worth ...")
+            ranks.say("evaluating the trained model ...")
             with _timed(phases, "evaluation"):
                 try:
                     results = task.evaluate()
                 except EncodingsNotFiniteError as error:
-                    warn(f"what the trained model is worth could not be measured: {error}")
+                    warn(f"the trained model could not be evaluated: {error}")
         log.scalars(trainer.step, results)
         ranks.say("drawing its figures ...")
         with _timed(phases, "figures"):
@@ -424,7 +424,7 @@ def _report(results: dict[str, float], phases: dict[str, float], run: RunDir) ->
         )
     for told, of in (("phone", "test frames"), ("speaker", "test recordings")):
         if f"{told}_accuracy" in results:
-            beside = f", always the same {results[f'chance_{told}_accuracy']:.1%}" if told == "phone" else ""
+            beside = f", always the same phone {results[f'chance_{told}_accuracy']:.1%}" if told == "phone" else ""
             print(
                 f"linear probe of {told}s: {results[f'{told}_accuracy']:.1%} of the {of} (the same model untrained "
                 f"{results[f'untrained_{told}_accuracy']:.1%}, log-mel spectra "

@@ -157,7 +157,7 @@ def test_a_run_with_probes_is_the_run_without(kind, train_with, tmp_path, monkey
     one, other = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("with", "without"))
     assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
     assert torch.equal(one["streams"]["own"][0]["torch"], other["streams"]["own"][0]["torch"])
-    assert "measuring what the trained model is worth ..." in capsys.readouterr().out
+    assert "evaluating the trained model ..." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", RUNS)

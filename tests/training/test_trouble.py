@@ -82,7 +82,7 @@ def test_encodings_that_cannot_be_measured_do_not_cost_the_encoder(train_fully, 
     original = CPCv1Task.features
     monkeypatch.setattr(CPCv1Task, "features", lambda *arguments: original(*arguments) * float("inf"))
     assert train_fully("--out-dir", tmp_path) == 0
-    assert re.search(r"worth could not be measured: .*expected finite numbers, got \d+ of", capsys.readouterr().err)
+    assert re.search(r"could not be evaluated: .*expected finite numbers, got \d+ of", capsys.readouterr().err)
     assert (tmp_path / "encoder.safetensors").is_file()
     assert "probe_accuracy" not in json.loads((tmp_path / "summary.json").read_text())
 
