@@ -15,7 +15,7 @@ __all__ = ["DATASETS", "Origin", "drawn_of", "folder_of", "idle_of_dataset", "me
 
 
 class Origin(NamedTuple):
-    """Where the data of a data set come from.
+    """Origin of the data of a data set.
 
     folder: folder of the data sets' modules, below data/images or data/audio.
     sized: whether ``load`` takes the images' size in pixels; always False for sound.

@@ -180,12 +180,12 @@ class _Listing:
 
     @property
     def alone(self) -> bool:
-        """Whether it holds one folder and nothing else."""
+        """Return whether the folder holds one folder and nothing else."""
         return not self.files and len(self.folders) == 1
 
     @property
     def divided(self) -> bool:
-        """Whether it holds several folders and nothing else."""
+        """Return whether the folder holds several folders and nothing else."""
         return not self.files and len(self.folders) > 1
 
 

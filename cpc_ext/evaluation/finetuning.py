@@ -36,7 +36,7 @@ _STATISTICS_IMAGES = 500
 
 @dataclass(frozen=True)
 class FineTuning:
-    """How long and how fast to learn; the learning rates follow a cosine to zero.
+    """Length and learning rates of fine-tuning; the rates follow a cosine to zero.
 
     epochs: passes over the labelled images. min_steps: minimum number of updates, however few the images.
     encoder_lr, head_lr: peak learning rates of AdamW.

@@ -54,7 +54,7 @@ class FrameProbeResult:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How a probe is trained.
+    """Batches and length of a probe's training.
 
     group: number of consecutive frames that stay together; 0 keeps each utterance together. groups: groups in a batch.
     least_steps: minimum number of steps, for which epochs are added.

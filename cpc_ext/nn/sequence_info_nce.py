@@ -261,7 +261,7 @@ class SequenceInfoNCE(Module):
 
     @property
     def _linear(self) -> bool:
-        """Whether predictions are only products with the W_k."""
+        """Return whether predictions are only products with the W_k."""
         return self.weight is not None and (self.dropout.p == 0 or not self.training)
 
     def _contrast_linear(self, contexts: Tensor, keys: _Keys) -> tuple[Tensor, Tensor, Tensor]:

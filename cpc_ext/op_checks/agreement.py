@@ -85,7 +85,7 @@ class Difference(NamedTuple):
 
     @property
     def agrees(self) -> bool:
-        """Whether the error is one that rounding explains."""
+        """Return whether the error is no larger than the allowed one."""
         return self.error <= self.allowed
 
 

@@ -107,7 +107,7 @@ def precision(request, device):
 
 @pytest.fixture
 def rounds(request, device):
-    """Whether a device's kernels round at all: CUDA's kernels do, also emulated ones."""
+    """Return whether a device's kernels may round to TF32: those of CUDA may, also emulated ones."""
     return request.node.callspec.params["device"] != "cpu"
 
 

@@ -162,7 +162,7 @@ KEYS = {
 
 
 def test_guessing_classes_of_unequal_size():
-    """Of three images, two are of one class: a guess is right as often as two, or one, of three."""
+    """Two of three images share a class, so a guess is right with the squares of both classes' shares: 4/9 + 1/9."""
     task = task_of("supcon")
     task.examples = dataset_of(noise(3)).pretrain
     assert task.guess == pytest.approx({"loss": math.log(2 * 4 - 1), "accuracy": 4 / 9 + 1 / 9})

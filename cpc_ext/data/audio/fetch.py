@@ -48,7 +48,7 @@ class WaveformFetcher:
 
     @property
     def resident(self) -> bool:
-        """Whether all recordings are on the device."""
+        """Return whether all recordings are on the device."""
         return self._resident is not None
 
     def __call__(self, starts: np.ndarray | Sequence[int]) -> Tensor:

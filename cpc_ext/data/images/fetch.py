@@ -41,7 +41,7 @@ class ImageFetcher:
 
     @property
     def resident(self) -> bool:
-        """Whether all images are on the device."""
+        """Return whether all images are on the device."""
         return self._resident is not None
 
     def __call__(self, indices: np.ndarray | Sequence[int]) -> Tensor:

@@ -107,7 +107,7 @@ struct StoreRows {
     each_row<Tile, 4>(sums, [&](int in_tile, int of_group, const Sum(&v)[4][2]) {
       const int64_t at = row + in_tile;
       T* const to = values + entry * entry_stride + at * stride;
-      // Of the sums of four tiles, a lane stores 8 neighbouring columns, or 2 in each tile.
+      // A lane stores 8 neighbouring columns of the four tiles, or 2 in each tile.
       if constexpr (sizeof(T) == 2) {
         uint32_t pairs[4];
 #pragma unroll
