@@ -161,26 +161,32 @@ inline void round_pair(Register<float> first, Register<float> second, int64_t co
 }
 #endif
 
-// A tile of the result in registers.
+// A tile of the result in registers, where it stays only if all that uses it is inlined.
 template <class E, int Rows, int Vectors>
 struct Tile {
   using R = Register<Sum<E>>;
   R sums[Rows][Vectors];
 
-  void clear() {
+  [[gnu::always_inline]] void clear() {
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) sums[r][v] = R{};
   }
   // Rows are `pitch` values apart in memory.
-  void load(const Sum<E>* from, int64_t pitch) {
+  [[gnu::always_inline]] void load(const Sum<E>* from, int64_t pitch) {
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) std::memcpy(&sums[r][v], from + r * pitch + v * kLaneColumns<E>, sizeof(R));
   }
-  void store(Sum<E>* to, int64_t pitch) const {
+  [[gnu::always_inline]] void add(const Sum<E>* from, int64_t pitch) {
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) sums[r][v] += load_register(from + r * pitch + v * kLaneColumns<E>);
+  }
+  [[gnu::always_inline]] void store(Sum<E>* to, int64_t pitch) const {
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
@@ -190,8 +196,8 @@ struct Tile {
   // sums[r] += left(r, k) * panel[k] for k in [0, depth). left(r, k) is the address of a value (of a pair of them);
   // panel rows are kDepthStep * Vectors * kLaneColumns elements, `pitch` apart. depth is a multiple of kDepthStep.
   template <class Left>
-  void multiply(const Left& left, const E* __restrict panel, int64_t depth,
-                int64_t pitch = kDepthStep<E> * Vectors * kLaneColumns<E>) {
+  [[gnu::always_inline]] void multiply(const Left& left, const E* __restrict panel, int64_t depth,
+                                       int64_t pitch = kDepthStep<E> * Vectors * kLaneColumns<E>) {
     for (int64_t k = 0; k < depth; k += kDepthStep<E>, panel += pitch) {
       R right[Vectors];
 #pragma GCC unroll 4

@@ -39,14 +39,14 @@ void with_weight(const Term& term, const Packing& problem, const Use& use) {
     const int64_t index = term.weight[part].index, kw = weight.shape[3];
     taps[part] = weight.as<Storage>() + index / kw * weight.strides[2] + index % kw * weight.strides[3];
   }
-  if constexpr (std::is_same_v<Storage, float>) {
+  if constexpr (!std::is_same_v<Storage, double>) {
     const auto sum_of = [&](auto parts) {
       float factors[parts];
       for (int part = 0; part < parts; ++part) factors[part] = term.weight[part].factor;
       use([&](int64_t at) {
         float v = 0;
-        for (int part = 0; part < parts; ++part) v += factors[part] * taps[part][at];
-        return v;
+        for (int part = 0; part < parts; ++part) v += factors[part] * widen(taps[part][at]);
+        return narrow<E>(v);
       });
     };
     if (term.weight.size() == 2) return sum_of(std::integral_constant<int, 2>{});
@@ -117,6 +117,13 @@ struct Run {
   int64_t term, first, depth;
 };
 
+// The order in which the sums of pairs (terms.h) are computed: m1 + m2 and m1 - m2 are in memory when m0 and m3, still in
+// registers, complete the left and the right pixel.
+constexpr std::array kSumsInOrder{1, 2, 0, 3};
+// The buffer of the left or right pixel to which a sum belongs, and the one that keeps a sum between its groups.
+constexpr int buffer_of(int sum) { return sum / 2; }
+constexpr int partial_of(int sum) { return sum == 0 || sum == 3 ? 2 : buffer_of(sum); }
+
 // Runs that are summed without leaving registers. The groups of one sum are consecutive.
 struct Group {
   int sum;
@@ -125,12 +132,13 @@ struct Group {
 };
 
 template <class E>
-std::vector<Group> groups_of(const std::vector<Term>& terms, int sums, const ProductDepth<E>& product) {
+std::vector<Group> groups_of(const std::vector<Term>& terms, bool pairs, const ProductDepth<E>& product) {
   // Joined terms count as one.
   const int64_t count = product.joined ? 1 : std::ssize(terms),
                 inputs = product.joined ? product.total : product.of_term;
   std::vector<Group> groups;
-  for (int sum = 0; sum < sums; ++sum) {
+  for (int i = 0; i < (pairs ? kPairSums : 1); ++i) {
+    const int sum = pairs ? kSumsInOrder[i] : 0;
     groups.push_back({sum, true, true, {}});
     int64_t in_group = 0;
     for (int64_t t = 0; t < count; ++t)
@@ -235,10 +243,10 @@ class Convolver {
   explicit Convolver(const Convolution& problem)
       : problem_(problem),
         terms_(terms_of(problem.taps, problem.pairs)),
+        forms_(forms_of(terms_)),
         depth_(problem.inputs(), terms()),
         panels_(problem.outputs, problem.activation == Activation::gated),
-        sums_(problem.pairs ? kPairSums : 1),
-        groups_(groups_of<E>(terms_, sums_, depth_)),
+        groups_(groups_of<E>(terms_, problem.pairs, depth_)),
         copies_(!kInPlace || depth_.of_term != problem.inputs() || problem.relu_input),
         rows_(problem, kBlockTiles) {
     for (const Term& term : terms_) {
@@ -249,7 +257,7 @@ class Convolver {
       rows_ = Rows(problem, --tiles);  // Gathered pixels must stay in the cache, too.
     block_rows_ = rows_.most_rows();
     const auto innermost = [](const TensorView& view) { return view.ndim == 0 || view.strides[1] == 1; };
-    finishes_tiles_ = !problem.pairs && problem.activation != Activation::gated && problem.preactivation.ndim == 0 &&
+    finishes_tiles_ = problem.activation != Activation::gated && problem.preactivation.ndim == 0 &&
                       innermost(problem.condition) && innermost(problem.positive);
   }
 
@@ -274,7 +282,6 @@ class Convolver {
       for (int64_t p = group * panels / groups; p < (group + 1) * panels / groups; ++p) {
         read_bias(buffers, p);
         multiply(buffers, p, block.count);
-        if (problem_.pairs) separate(buffers, p, block.count);
         if (!finishes_tiles(panels_[p])) finish(buffers, p, block);
       }
     };
@@ -283,8 +290,12 @@ class Convolver {
 
  private:
   int64_t terms() const { return std::ssize(terms_); }
-  // Whether each pixel that a block reads is copied once, converted to what the terms read.
-  bool copies() const { return copies_ && !depth_.joined && !problem_.pairs; }
+  // Whether what a block's terms read is copied once: each pixel, or each form of a pair.
+  bool copies() const { return (copies_ || problem_.pairs) && !depth_.joined; }
+  // Copies of a row of the input.
+  int64_t copies_across() const {
+    return problem_.pairs ? divide_up(problem_.output_width(), 2) * std::ssize(forms_.forms) : problem_.width();
+  }
   bool gathers() const { return copies_ || depth_.joined || problem_.pairs; }
   // The most rows of the input that a block reads.
   int64_t read_lines(int64_t images) const {
@@ -300,7 +311,7 @@ class Convolver {
     int64_t pixels = 0;
     for (const int64_t images : rows_.group_images())
       pixels = std::max(pixels,
-                        images * std::min(read_lines(images) * problem_.width(), rows_.most_pixels(images) * terms()));
+                        images * std::min(read_lines(images) * copies_across(), rows_.most_pixels(images) * terms()));
     return pixels * depth_.of_term;
   }
 
@@ -311,24 +322,24 @@ class Convolver {
 
   // A worker's memory.
   struct Buffers {
-    S* sums;           // [sums, block rows, kTileColumns]
+    S* sums;           // [1, or 3 with pairs, block rows, kTileColumns]
     S* bias;           // [kTileColumns] of the panel
     S* beside;         // [kTileColumns]: a row's values of `condition` or `positive`.
     const E** pixels;  // [terms, block rows]: the values that a term reads for a row.
-    Beside* besides;   // [block rows]: a row's output, condition and positive.
+    Beside* besides;   // [rows_.step(), block rows]: a row's output, condition and positive.
     bool* reaches;     // [terms, tiles]: whether a row of the tile reads more than padding.
     E* gathered;       // If copies(), pixels of [images, depth] each; else, if gathers(), [block rows, total depth].
-    E** copied;        // [read lines, width]: the copy of a pixel, or null if there is none yet.
+    E** copied;        // [read lines, copies_across()]: a copy for all images, or null if there is none yet.
 
     Buffers(Parts& parts, const Convolver& c)
-        : sums(parts.take<S>(c.sums_ * c.block_rows_ * kTileColumns<E>)),
+        : sums(parts.take<S>((c.problem_.pairs ? 3 : 1) * c.block_rows_ * kTileColumns<E>)),
           bias(parts.take<S>(kTileColumns<E>)),
           beside(parts.take<S>(kTileColumns<E>)),
           pixels(parts.take<const E*>(c.terms() * c.block_rows_)),
-          besides(parts.take<Beside>(c.block_rows_)),
+          besides(parts.take<Beside>(c.rows_.step() * c.block_rows_)),
           reaches(parts.take<bool>(c.terms() * c.block_rows_ / kTileRows)),
           gathered(parts.take<E>(c.gathered_size())),
-          copied(parts.take<E*>(c.copies() ? c.read_lines() * c.problem_.width() : 0)) {}
+          copied(parts.take<E*>(c.copies() ? c.read_lines() * c.copies_across() : 0)) {}
   };
   int64_t bytes() const {
     Parts parts(nullptr);
@@ -339,18 +350,19 @@ class Convolver {
   // Finds the pixels that a block's rows read for each term.
   void locate(Buffers& buffers, const E* zeros, const Rows::Block& block) const {
     std::fill_n(buffers.reaches, terms() * block_rows_ / kTileRows, false);
-    if (copies()) std::fill_n(buffers.copied, read_lines() * problem_.width(), nullptr);
+    if (copies()) std::fill_n(buffers.copied, read_lines() * copies_across(), nullptr);
     E* free = buffers.gathered;
     int64_t first_line = -1;
     rows_.each_pixel(block, [&](int64_t r, int64_t count, const Rows::Pixel& pixel) {
       const int64_t line = pixel.y * problem_.stride, column = pixel.x * problem_.stride;
-      if (finishes_tiles_)
+      for (int64_t right = 0; finishes_tiles_ && right < rows_.step(); ++right)
         for (int64_t i = 0; i < count; ++i) {
-          const Rows::Pixel to{pixel.b + i, pixel.y, pixel.x};
+          const Rows::Pixel to{pixel.b + i, pixel.y, pixel.x + right};
           const auto at = [&](const TensorView& view) {
-            return view.ndim != 0 ? view.as<Storage>() + to.in(view) : nullptr;
+            return view.ndim != 0 && to.x < problem_.output_width() ? view.as<Storage>() + to.in(view) : nullptr;
           };
-          buffers.besides[r + i] = {at(problem_.output), at(problem_.condition), at(problem_.positive)};
+          buffers.besides[right * block_rows_ + r + i] = {at(problem_.output), at(problem_.condition),
+                                                          at(problem_.positive)};
         }
       if (first_line < 0) first_line = std::max<int64_t>(0, line + above_);
       for (int64_t t = 0; t < terms(); ++t) {
@@ -365,13 +377,16 @@ class Convolver {
             buffers.reaches[t * block_rows_ / kTileRows + tile] = true;
         else if (!depth_.joined)
           for (int64_t i = 0; i < count; ++i) at[i] = zeros;
+        if (!depth_.joined && !one && !other) continue;
         const Storage* const from = one ? read({pixel.b, y, x}) : nullptr;
-        if (copies()) {
-          if (!one) continue;
-          E*& copy = buffers.copied[(y - first_line) * problem_.width() + x];
+        if (copies() && (copies_ || term.sign != 0)) {
+          const int64_t place = problem_.pairs ? pixel.x / 2 * std::ssize(forms_.forms) + forms_.of_term[t] : x;
+          E*& copy = buffers.copied[(y - first_line) * copies_across() + place];
           if (!copy) {
             copy = free;
-            free += copy_pixel(free, {block.image, y, x}, block.images);
+            free +=
+                copy_form(free, one ? read({block.image, y, x}) : nullptr,
+                          other ? read({block.image, y, column + term.other_dx}) : nullptr, term.sign, block.images);
           }
           for (int64_t i = 0; i < count; ++i) at[i] = copy + (pixel.b - block.image + i) * depth_.of_term;
         } else if (depth_.joined) {
@@ -382,25 +397,7 @@ class Convolver {
                           problem_.inputs(), problem_.relu_input);
             else
               std::fill_n(to + i * depth_.total + t * depth_.of_term, depth_.of_term, E{});
-        } else if (problem_.pairs) {
-          if constexpr (std::is_same_v<Storage, float>) {
-            if (!one && !other) continue;
-            const Storage* const added = other ? read({pixel.b, y, column + term.other_dx}) : nullptr;
-            for (int64_t i = 0; i < count; ++i) {
-              const int64_t image = i * problem_.input.strides[0];
-              E* const gathered = buffers.gathered + (r + i) * depth_.total + t * depth_.of_term;
-              at[i] = gathered;
-              if (other)
-                add(gathered, one ? from + image : zeros, added + image, depth_.of_term, term.sign,
-                    problem_.relu_input);
-              else if (problem_.relu_input)
-                to_elements(gathered, from + image, depth_.of_term, true);
-              else
-                at[i] = from + image;
-            }
-          }
         } else if constexpr (kInPlace) {
-          if (!one) continue;
           for (int64_t i = 0; i < count; ++i) at[i] = from + i * problem_.input.strides[0];
         }
       }
@@ -420,12 +417,16 @@ class Convolver {
     return problem_.input.template as<Storage>() + pixel.in(problem_.input);
   }
 
-  // Copies a pixel of several images as the terms read it. Returns the number of values written.
-  int64_t copy_pixel(E* to, const Rows::Pixel& pixel, int64_t images) const {
-    const Storage* const from = read(pixel);
+  // Copies what a term reads, from one pixel or two, for several images. A pixel outside of the image is null, but not
+  // both. Returns the number of values written.
+  int64_t copy_form(E* to, const Storage* one, const Storage* other, int sign, int64_t images) const {
     for (int64_t i = 0; i < images; ++i) {
       E* const copy = to + i * depth_.of_term;
-      to_elements(copy, from + i * problem_.input.strides[0], problem_.inputs(), problem_.relu_input);
+      const int64_t image = i * problem_.input.strides[0];
+      if (other)
+        add(copy, one ? one + image : nullptr, other + image, problem_.inputs(), sign, problem_.relu_input);
+      else
+        to_elements(copy, one + image, problem_.inputs(), problem_.relu_input);
       std::fill(copy + problem_.inputs(), copy + depth_.of_term, E{});
     }
     return images * depth_.of_term;
@@ -451,9 +452,10 @@ class Convolver {
       for (int64_t r = 0; r < count; r += kTileRows)
         with_tile(std::min<int64_t>(kTileRows, count - r), vectors, [&](auto tile_rows, auto tile_vectors) {
           Tile<E, tile_rows, tile_vectors> tile;
-          S* const sums = row_of(buffers, group.sum, r);
+          S* const sums = row_of(buffers, buffer_of(group.sum), r);
+          S* const partial = problem_.pairs ? row_of(buffers, partial_of(group.sum), r) : sums;
           if (!group.begins)
-            tile.load(sums, kTileColumns<E>);
+            tile.load(partial, kTileColumns<E>);
           else if (group.sum == (problem_.pairs ? kSharedSum : 0))
             tile.load(buffers.bias, 0);
           else
@@ -465,8 +467,11 @@ class Convolver {
             tile.multiply([&left](int j, int64_t k) { return left[j] + k; },
                           panel + (run.term * depth_.of_term + run.first) * columns, run.depth);
           }
-          if (group.ends && finishes_tiles(panels_[p]))
-            finish_tile(tile, buffers.besides + r, panels_[p].first);
+          if (!group.ends) return tile.store(partial, kTileColumns<E>);
+          if (group.sum == kDifferenceSum) return separate(tile, row_of(buffers, 0, r), sums);
+          if (problem_.pairs && group.sum != kSharedSum) tile.add(sums, kTileColumns<E>);
+          if (group.sum != kSharedSum && finishes_tiles(panels_[p]))
+            finish_tile(tile, buffers.besides + buffer_of(group.sum) * block_rows_ + r, panels_[p].first);
           else
             tile.store(sums, kTileColumns<E>);
         });
@@ -477,11 +482,13 @@ class Convolver {
     return finishes_tiles_ && panel.count == panel.vectors * kLaneColumns<E>;
   }
   template <int Rows, int Vectors>
-  void finish_tile(const Tile<E, Rows, Vectors>& tile, const Beside* besides, int64_t channel) const {
+  [[gnu::always_inline]] void finish_tile(const Tile<E, Rows, Vectors>& tile, const Beside* besides,
+                                          int64_t channel) const {
     const bool relu = problem_.activation == Activation::relu;
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
       const Beside& beside = besides[r];
+      if (!beside.output) continue;  // Right of the image.
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) {
         const int64_t at = channel + v * kLaneColumns<E>;
@@ -494,17 +501,18 @@ class Convolver {
     }
   }
 
-  // Turns the four sums of each pair into the sums of its left and right pixels, in place of the first two.
-  void separate(Buffers& buffers, int64_t p, int64_t count) const {
-    for (int64_t r = 0; r < count; ++r) {
-      S* m[kPairSums];
-      for (int sum = 0; sum < kPairSums; ++sum) m[sum] = row_of(buffers, sum, r);
-      each_register(panels_[p].vectors * kLaneColumns<E>, [&](int64_t i) {
-        const R m1 = load_register(m[1] + i), m2 = load_register(m[2] + i);
-        store_register(m[0] + i, load_register(m[0] + i) + m1 + m2);
-        store_register(m[1] + i, m1 - m2 + load_register(m[3] + i));
-      });
-    }
+  // Given m1 in `left` and m2 in a tile, writes m1 + m2 and m1 - m2.
+  template <int Rows, int Vectors>
+  [[gnu::always_inline]] static void separate(const Tile<E, Rows, Vectors>& m2, S* left, S* right) {
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) {
+        const int64_t at = r * kTileColumns<E> + v * kLaneColumns<E>;
+        const R m1 = load_register(left + at);
+        store_register(left + at, m1 + m2.sums[r][v]);
+        store_register(right + at, m1 - m2.sums[r][v]);
+      }
   }
 
   // Applies condition and activation to a panel's sums and writes them to the output.
@@ -569,9 +577,9 @@ class Convolver {
 
   const Convolution& problem_;
   std::vector<Term> terms_;
+  Forms forms_;
   ProductDepth<E> depth_;
   Panels<E> panels_;
-  int sums_;
   std::vector<Group> groups_;
   bool copies_, finishes_tiles_;
   Rows rows_;
@@ -670,6 +678,12 @@ int64_t packed_bytes(int64_t outputs, int64_t inputs, int64_t terms, DType dtype
     bytes = panels.offset(panels.count(), ProductDepth<E>(inputs, terms).total) * sizeof(E);
   });
   return bytes;
+}
+
+bool multiplies_floats(DType dtype) {
+  bool result = false;
+  with_floating_of_level(dtype, [&](auto storage) { result = std::is_same_v<Element<decltype(storage)>, float>; });
+  return result;
 }
 
 void pack(const Packing& problem) {

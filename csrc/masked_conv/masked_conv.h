@@ -76,8 +76,8 @@ struct Convolution {
   // CUDA only: read `weight` in place and transposed, for the input gradient, whose taps are negated.
   bool transposed = false;
   bool tf32 = false;  // Whether CUDA may round float operands to TF32.
-  // Whether neighbouring pixels of a row are computed in pairs (terms.h). CPU only, for float, all pixels, a dilation
-  // of 1, a stride of 1, and a mask [kh, kw] or none.
+  // Whether neighbouring pixels of a row are computed in pairs (terms.h). CPU only, for types that
+  // are multiplied as floats, for all pixels, a dilation of 1, a stride of 1, and a mask [kh, kw] or none.
   bool pairs = false;
   // CPU only: the stride, and whether a ReLU is applied to the input.
   int64_t stride = 1;
@@ -229,12 +229,14 @@ std::vector<Tap> taps_of(const std::vector<int64_t>& indices, int64_t kh, int64_
 
 namespace cpu {
 CPC_DECLARE_AT_EACH_ISA(int64_t packed_bytes(int64_t outputs, int64_t inputs, int64_t terms, DType dtype, bool gated);
-                        void pack(const Packing& problem); void convolve(const Convolution& problem);
-                        void activation_grad(const ActivationGrad& problem);
+                        bool multiplies_floats(DType dtype); void pack(const Packing& problem);
+                        void convolve(const Convolution& problem); void activation_grad(const ActivationGrad& problem);
                         void weight_grad(const WeightGrad& problem))
 inline int64_t packed_bytes(int64_t outputs, int64_t inputs, int64_t terms, DType dtype, bool gated) {
   CPC_CALL_AT_ISA_OF(dtype, packed_bytes, outputs, inputs, terms, dtype, gated)
 }
+// Whether tensors of this type are multiplied as floats, of which pairs are made.
+inline bool multiplies_floats(DType dtype) { CPC_CALL_AT_ISA_OF(dtype, multiplies_floats, dtype) }
 inline void pack(const Packing& problem) { CPC_CALL_AT_ISA_OF(problem.weight.dtype, pack, problem) }
 inline void convolve(const Convolution& problem) { CPC_CALL_AT_ISA_OF(problem.input.dtype, convolve, problem) }
 inline void activation_grad(const ActivationGrad& problem) {

@@ -118,19 +118,44 @@ inline void to_elements(E* __restrict to, const Storage* __restrict from, int64_
     for (int64_t k = 0; k < count; ++k) to[k] = to_element<E>(from[k]);
 }
 
-// to = one + sign * other, for the values of two pixels.
-inline void add(float* __restrict to, const float* one, const float* other, int64_t count, int sign,
+// to = one + sign * other, for the values of two pixels, of which `one` may be null for zeros.
+template <class E, class Storage>
+inline void add(E* __restrict to, const Storage* one, const Storage* other, int64_t count, int sign,
                 bool through_relu) {
+  using S = Sum<E>;
+  constexpr int64_t kLanes = kRegisterLanes<S>;
   const auto add_all = [&](auto read) {
+    const auto combine = [&](auto is_sum, auto has_one) {
+      const auto value = [&](auto first, auto second) {
+        if constexpr (!has_one)
+          return is_sum ? second : -second;
+        else
+          return is_sum ? first + second : first - second;
+      };
+      int64_t k = 0;
+      for (; k + kLanes <= count; k += kLanes) {
+        const Register<S> second = read(load_widened<S>(other + k));
+        Register<S> first{};
+        if constexpr (has_one) first = read(load_widened<S>(one + k));
+        store_narrowed<S>(to + k, value(first, second));
+      }
+      for (; k < count; ++k) {
+        S first{};
+        if constexpr (has_one) first = read(S{widen(one[k])});
+        to[k] = narrow<E>(value(first, read(S{widen(other[k])})));
+      }
+    };
+    using Yes = std::true_type;
+    using No = std::false_type;
     if (sign > 0)
-      for (int64_t k = 0; k < count; ++k) to[k] = read(one[k]) + read(other[k]);
+      one ? combine(Yes{}, Yes{}) : combine(Yes{}, No{});
     else
-      for (int64_t k = 0; k < count; ++k) to[k] = read(one[k]) - read(other[k]);
+      one ? combine(No{}, Yes{}) : combine(No{}, No{});
   };
   if (through_relu)
-    add_all([](float v) { return relu(v); });
+    add_all([](auto v) { return v < 0 ? decltype(v){} : v; });
   else
-    add_all([](float v) { return v; });
+    add_all([](auto v) { return v; });
 }
 
 }  // namespace cpc::masked_conv::cpu::CPC_ISA

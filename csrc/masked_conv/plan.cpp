@@ -17,9 +17,9 @@ constexpr int64_t kPairsPixels = 256;
 // With fewer channels, they do not make up for the additions of pixels.
 constexpr int64_t kPairsChannels = 32;
 
-// Whether to compute neighbouring pixels in pairs. Only for float, so that double sums are exactly as documented; only
-// if one mask serves all channels, so that a hidden weight does not come back as a rounding error; and only if it is
-// faster.
+// Whether to compute neighbouring pixels in pairs. Only where floats are multiplied, so that double sums are exactly as
+// documented and sums of pixels are not rounded to bfloat16; only if one mask serves all channels, so that a hidden
+// weight does not come back as a rounding error; and only if it is faster.
 bool in_pairs(const TensorView& weight, const TensorView& mask, const TensorView& images, int64_t dilation,
               Where where) {
   return where == Where::host && mask.ndim == 2 && pairs_pay(weight, images, dilation);
@@ -221,7 +221,7 @@ void run(const LayerGrad& problem, const Device& on) {
 }  // namespace
 
 bool pairs_pay(const TensorView& weight, const TensorView& images, int64_t dilation) {
-  return weight.dtype == DType::f32 && dilation == 1 && weight.shape[3] > 1 && images.shape[3] > 1 &&
+  return cpu::multiplies_floats(weight.dtype) && dilation == 1 && weight.shape[3] > 1 && images.shape[3] > 1 &&
          std::min(weight.shape[0], weight.shape[1]) >= kPairsChannels &&
          images.shape[0] * images.shape[2] * images.shape[3] >= kPairsPixels;
 }

@@ -50,4 +50,15 @@ std::vector<Term> terms_of(const std::vector<Tap>& taps, bool pairs) {
   return terms;
 }
 
+Forms forms_of(const std::vector<Term>& terms) {
+  Forms forms;
+  for (const Term& term : terms) {
+    const Term::Form form{term.dx, term.other_dx, term.sign};
+    const auto known = std::find(forms.forms.begin(), forms.forms.end(), form);
+    forms.of_term.push_back(known - forms.forms.begin());
+    if (known == forms.forms.end()) forms.forms.push_back(form);
+  }
+  return forms;
+}
+
 }  // namespace cpc::masked_conv

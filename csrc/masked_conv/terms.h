@@ -17,8 +17,9 @@
 
 namespace cpc::masked_conv {
 
-constexpr int kPairSums = 4;   // m0 to m3
-constexpr int kSharedSum = 1;  // m1, which is added to both outputs. Its sum starts with the bias.
+constexpr int kPairSums = 4;       // m0 to m3
+constexpr int kSharedSum = 1;      // m1, which is added to both outputs. Its sum starts with the bias.
+constexpr int kDifferenceSum = 2;  // m2, which is added to the left output and subtracted from the right one.
 
 struct Term {
   int sum = 0;
@@ -33,7 +34,21 @@ struct Term {
     float factor;
   };
   std::vector<Part> weight;
+
+  // The pixels of a row that it multiplies; several terms of a kernel have the same.
+  struct Form {
+    int64_t dx, other_dx;
+    int sign;
+    bool operator==(const Form&) const = default;
+  };
 };
+
+// The different forms of terms, and for each term the index of its own.
+struct Forms {
+  std::vector<Term::Form> forms;
+  std::vector<int64_t> of_term;
+};
+Forms forms_of(const std::vector<Term>& terms);
 
 // Returns the terms ordered by sum, and within a sum in the order of the taps. With pairs, taps of a row must be one
 // pixel apart.

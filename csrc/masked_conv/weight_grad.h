@@ -201,9 +201,9 @@ class WeightGradient {
     const Storage* const other = form.sign == 0 ? nullptr : read(form.other_dx);
     const int64_t channels = from.shape[1];
     if (!one && !other) return zeros_.data();
-    if constexpr (std::is_same_v<Storage, float>) {
+    if constexpr (!std::is_same_v<Storage, double>) {
       if (other) {
-        add(memory, one ? one : zeros_.data(), other, channels, form.sign, through_relu);
+        add(memory, one, other, channels, form.sign, through_relu);
         return memory;
       }
     }
