@@ -55,9 +55,10 @@ def masked_conv2d(
 
     Equals ``F.conv2d(input, weight * mask, bias, padding="same", dilation=dilation) + condition`` followed by the
     activation. A kernel of even side k looks k / 2 - 1 taps back and k / 2 ahead, as PyTorch pads it. Sums are in
-    float32, or in float64 for float64 tensors. In float32 the CPU computes images that are large enough in pairs of
-    pixels (F(2, 3) of Lavin and Gray 2016, arXiv 1509.09308, along the rows): up to a third fewer multiplications, and
-    rounding errors of the same size. On CUDA, factors in float32 are rounded to TF32 where
+    float32, or in float64 for float64 tensors. Where the CPU multiplies float32 (all types but float64, and bfloat16
+    only without instructions for it), it computes images that are large enough in pairs of pixels (F(2, 3) of Lavin and
+    Gray 2016, arXiv 1509.09308, along the rows): up to a third fewer multiplications, and rounding errors of the same
+    size. On CUDA, factors in float32 are rounded to TF32 where
     ``torch.backends.cudnn.conv.fp32_precision`` is "tf32", the default; else three such products make one (3xTF32),
     which is exact to 2^-20 of its size, and NaN where a factor is infinite.
 
