@@ -2,8 +2,8 @@
 
 Measures forward and the gradients of input, weight and bias, channels-last, on one thread, both in turn. Times are CPU
 time, not the clock's, so that other programs hardly matter; the fastest of some rounds counts. Writes one row for each
-case to `conv2d_choice.csv` next to this program: milliseconds of both, and the choice of
-`cpc_ext.nn.conv2d.kernel_pays`.
+case to `conv2d_choice.csv` next to this program: the vector instructions of this processor, milliseconds of both, and
+the choice of `cpc_ext.nn.conv2d.kernel_pays`. Rows of other instructions stay as they are.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from machine import at_least
 
-from cpc_ext.nn.conv2d import kernel_pays
+from cpc_ext.nn.conv2d import kernel_pays, vector_instructions
 from cpc_ext.ops import conv2d
 
 TABLE = Path(__file__).with_suffix(".csv")
@@ -33,8 +33,9 @@ FLOPS, MOST_IMAGES = 4e8, 784
 
 
 class Case(NamedTuple):
-    """Sizes of a row of the table."""
+    """What a row of the table was measured on, and its sizes."""
 
+    simd: str
     dtype: str
     kernel: int
     stride: int
@@ -52,16 +53,17 @@ class Case(NamedTuple):
             (self.side, self.side),
             self.kernel,
             self.stride,
+            simd=self.simd,
         )
 
 
-def cases(dtype: str) -> Iterator[Case]:
+def cases(simd: str, dtype: str) -> Iterator[Case]:
     for kernel, stride in KERNELS:
         for before, after in CHANNELS:
             for side in SIDES:
                 images = int(FLOPS / (2 * side**2 * before * after * kernel**2))
                 for batch in sorted({1, 8, max(8, min(images, MOST_IMAGES))}):
-                    yield Case(dtype, kernel, stride, before, after, side, batch)
+                    yield Case(simd, dtype, kernel, stride, before, after, side, batch)
 
 
 def milliseconds(case: Case, rounds: int) -> tuple[float, float]:
@@ -102,14 +104,17 @@ def main() -> None:
     parser.add_argument("--rule-only", action="store_true", help="update the choices in the table without measuring")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    simd = vector_instructions()
+    if simd is None:
+        parser.error("this processor has neither AVX-512 nor AVX2, for which nn.Conv2d has rules")
     rows: dict[Case, tuple[float, float]] = {}
     if TABLE.exists():
         with TABLE.open(newline="") as file:
             for row in csv.DictReader(file):
-                case = Case(row["dtype"], *(int(row[name]) for name in Case._fields[1:]))
+                case = Case(row["simd"], row["dtype"], *(int(row[name]) for name in Case._fields[2:]))
                 rows[case] = float(row["pytorch_ms"]), float(row["ours_ms"])
     for dtype in () if arguments.rule_only else arguments.dtype:
-        for case in cases(dtype):
+        for case in cases(simd, dtype):
             rows[case] = eager, ours = milliseconds(case, arguments.rounds)
             print(*case, f"{eager:.3f} {ours:.3f} {eager / ours:.2f}", "ours" if case.pays else "PyTorch", flush=True)
     with TABLE.open("w", newline="") as file:

@@ -99,7 +99,7 @@ def plain_ops() -> Iterator[None]:
         return patch.object(sys.modules[f"cpc_ext.nn.{module}"], name, formula)
 
     with (
-        patched("conv2d", "kernel_pays", lambda *_: False),
+        patched("conv2d", "kernel_pays", lambda *_, simd: False),
         patched("masked_conv2d", "masked_conv2d", masked_conv2d_reference),
         patched("grid_info_nce", "info_nce", info_nce_reference),
         patched("grid_info_nce", "_CONTRASTS_AS_PREDICTED", ("cpu", "cuda")),
