@@ -422,6 +422,11 @@ CALLS: dict[str, tuple[Callable, dict, dict]] = {
         {"inputs": 32, "outputs": 32, "height": 16, "width": 16, "activation": "none"},
         {name: [0] for name in ("batch", "height", "width")} | {"taps": [()]},
     ),
+    "masked_conv2d_backward in squares": (
+        convolution_gradients,
+        {"batch": 4, "inputs": 32, "outputs": 32, "height": 16, "width": 16, "activation": "none"},
+        {name: [0] for name in ("batch", "height", "width")} | {"taps": [()]},
+    ),
     **{
         f"waveform_conv1d{'_backward' * backward}{' normalised' * norm}": (
             waveform_layer,

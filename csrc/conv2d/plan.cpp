@@ -12,7 +12,9 @@
 namespace cpc::conv2d {
 namespace {
 
+using masked_conv::Filtering;
 using masked_conv::Tap;
+using masked_conv::Wanted;
 
 // The largest side, stride, padding and dilation: the product of two such numbers stays far below 64 bits.
 constexpr int64_t kMostPixels = int64_t{1} << 28;
@@ -33,8 +35,10 @@ std::vector<Tap> taps_of(const Geometry& geometry, const TensorView& weight, con
   return taps;
 }
 
-bool in_pairs(const Geometry& geometry, const TensorView& weight, const TensorView& images) {
-  return geometry.stride == 1 && masked_conv::pairs_pay(weight, images, geometry.dilation);
+Filtering filtering_of(const Geometry& geometry, const TensorView& weight, const TensorView& images,
+                       const std::vector<Tap>& taps, Wanted wanted = Wanted::pixels) {
+  if (geometry.stride != 1) return Filtering::direct;
+  return masked_conv::filtering_of(weight, images, taps, geometry.dilation, wanted);
 }
 
 // The part of the input gradient at the pixels that are a stride apart, from (row, column) on: a convolution of the
@@ -96,9 +100,9 @@ void check_geometry(const Geometry& geometry, const TensorView& weight, const Te
   }
 }
 
-int64_t packed_bytes(const TensorView& weight, bool transposed, const std::vector<Tap>& taps, bool pairs) {
+int64_t packed_bytes(const TensorView& weight, bool transposed, const std::vector<Tap>& taps, Filtering filtering) {
   return masked_conv::packed_bytes(
-      {weight.shape[transposed ? 1 : 0], weight.shape[transposed ? 0 : 1], weight.dtype, false}, taps, pairs,
+      {weight.shape[transposed ? 1 : 0], weight.shape[transposed ? 0 : 1], weight.dtype, false}, taps, filtering,
       Where::host);
 }
 
@@ -115,24 +119,25 @@ void check(const LayerGrad& problem, Where) {
 }
 
 int64_t workspace_bytes(const Layer& problem, Where) {
-  return packed_bytes(problem.weight, false, taps_of(problem.geometry, problem.weight, problem.input, problem.output),
-                      in_pairs(problem.geometry, problem.weight, problem.output));
+  const std::vector<Tap> taps = taps_of(problem.geometry, problem.weight, problem.input, problem.output);
+  return packed_bytes(problem.weight, false, taps,
+                      filtering_of(problem.geometry, problem.weight, problem.output, taps));
 }
 
 int64_t workspace_bytes(const LayerGrad& problem, Where) {
   int64_t bytes = 0;
   if (problem.grad_input.ndim == 0) return bytes;
-  const bool pairs = in_pairs(problem.geometry, problem.weight, problem.input);
   for (const Phase& phase : phases_of(problem))
-    bytes = std::max(bytes, packed_bytes(problem.weight, true, phase.taps, pairs));
+    bytes = std::max(bytes, packed_bytes(problem.weight, true, phase.taps,
+                                         filtering_of(problem.geometry, problem.weight, problem.input, phase.taps)));
   return bytes;
 }
 
 void cpu::layer(const Layer& problem) {
   const std::vector<Tap> taps = taps_of(problem.geometry, problem.weight, problem.input, problem.output);
-  const bool pairs = in_pairs(problem.geometry, problem.weight, problem.output);
+  const Filtering filtering = filtering_of(problem.geometry, problem.weight, problem.output, taps);
   masked_conv::cpu::pack(
-      {.weight = problem.weight, .mask = {}, .packed = problem.workspace, .taps = taps, .pairs = pairs});
+      {.weight = problem.weight, .mask = {}, .packed = problem.workspace, .taps = taps, .filtering = filtering});
   masked_conv::cpu::convolve(
       {.input = problem.input,
        .packed = problem.workspace,
@@ -147,7 +152,7 @@ void cpu::layer(const Layer& problem) {
        .taps = taps,
        .activation = problem.relu ? masked_conv::Activation::relu : masked_conv::Activation::none,
        .outputs = problem.weight.shape[0],
-       .pairs = pairs,
+       .filtering = filtering,
        .stride = problem.geometry.stride,
        .relu_input = problem.relu_input});
 }
@@ -165,14 +170,14 @@ void cpu::layer_grad(const LayerGrad& problem) {
   const TensorView& grad = relu ? problem.grad_preactivation : problem.grad;
   const int64_t stride = problem.geometry.stride;
   if (problem.grad_input.ndim != 0) {
-    const bool pairs = in_pairs(problem.geometry, problem.weight, problem.input);
     for (const Phase& phase : phases_of(problem)) {
+      const Filtering filtering = filtering_of(problem.geometry, problem.weight, problem.input, phase.taps);
       masked_conv::cpu::pack({.weight = problem.weight,
                               .mask = {},
                               .packed = problem.workspace,
                               .taps = phase.taps,
                               .transposed = true,
-                              .pairs = pairs});
+                              .filtering = filtering});
       masked_conv::cpu::convolve(
           {.input = grad,
            .packed = problem.workspace,
@@ -186,7 +191,7 @@ void cpu::layer_grad(const LayerGrad& problem) {
            .preactivation = {},
            .taps = phase.taps,
            .outputs = problem.weight.shape[1],
-           .pairs = pairs});
+           .filtering = filtering});
     }
   }
   if (problem.grad_weight.ndim != 0) {
@@ -195,7 +200,7 @@ void cpu::layer_grad(const LayerGrad& problem) {
     last.grad = grad;
     last.weight_grad = problem.grad_weight;
     last.taps = taps_of(problem.geometry, problem.weight, problem.input, problem.grad);
-    last.pairs = in_pairs(problem.geometry, problem.weight, problem.grad);
+    last.filtering = filtering_of(problem.geometry, problem.weight, problem.grad, last.taps, Wanted::weight_grad);
     last.stride = stride;
     last.relu_input = problem.relu_input;
     masked_conv::cpu::weight_grad(last);

@@ -76,7 +76,7 @@ void check(const LayerGrad& problem, Where) {
   require(problem.activation == Activation::none || (problem.saved.ndim != 0 && problem.grad_preactivation.ndim != 0),
           "the gradient of an activation needs saved and grad_preactivation");
   require(problem.grad_weight.ndim == 0 || problem.input.ndim != 0, "the gradient in the weight needs the input");
-  if (problem.visible) plan(problem, Where::cuda);
+  if (problem.visible) plan(problem, Where::cuda, Wanted::weight_grad);
 }
 
 void check(const PixelPacking& problem, Where) {
@@ -89,7 +89,7 @@ void check(const PixelConvolution& problem, Where where) {
   FieldCheck::workspace(
       "packed", problem.packed,
       packed_bytes({problem.outputs, problem.inputs(), problem.input.dtype, problem.activation == Activation::gated},
-                   problem.taps, false, where));
+                   problem.taps, Filtering::direct, where));
   if (position.ndim == 0 || where != Where::host) return;
   const auto* at = position.as<int64_t>();
   require(at[0] >= 0 && at[0] < problem.height() && at[1] >= 0 && at[1] < problem.width(),

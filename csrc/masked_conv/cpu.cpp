@@ -1,6 +1,6 @@
 // Convolution on the CPU, masked or not, of channels-last tensors: one matrix product over the visible taps, or over
-// fewer terms where pixels are computed in pairs (terms.h). A tile of the product reads the input's pixels in place,
-// unless they must be converted or are differences of two; padding is read from a row of zeros. The rows of a tile are
+// fewer terms where pixels are computed together (terms.h). A tile of the product reads the input's pixels in place,
+// unless they must be converted or are differences of several; padding is read from a row of zeros. The rows of a tile are
 // the same pixel of several images, so that at an image's edge whole tiles read only padding and skip the term.
 #include <algorithm>
 #include <array>
@@ -24,17 +24,20 @@ constexpr int64_t kBlockTiles = 32;
 constexpr int64_t kDepthBlock = 320;
 // The most bytes of gathered pixels in a block, so that they stay in the cache, too.
 constexpr int64_t kGatheredBytes = int64_t{512} << 10;
+// The same with quads, whose tiles have more pixels and sums. Wider registers take more of a panel at a time, which must
+// be worth reading for a block.
+constexpr int64_t kQuadsTiles = 16, kQuadsGatheredBytes = kRegisterBytes << 13;
 // Channels that are transposed at a time: their part of a panel stays in the first-level cache.
 constexpr int64_t kTransposed = 64;
 // Estimated nanoseconds to pack a weight for a term, and to compute a value of an activation's gradient.
 constexpr double kPackNanoseconds = 0.7, kGradNanoseconds = 0.3, kGatedGradNanoseconds = 2;
 
-// Calls use(read), where read(at) returns a term's weight at an offset: one tap's weight, or a weighted sum of two or
-// three.
+// Calls use(read), where read(at) returns a term's weight at an offset: one tap's weight, or a weighted sum of several.
 template <class E, class Storage, class Use>
 void with_weight(const Term& term, const Packing& problem, const Use& use) {
   const TensorView& weight = problem.weight;
-  const Storage* taps[3] = {};
+  constexpr size_t kMostParts = 9;
+  const Storage* taps[kMostParts] = {};
   for (size_t part = 0; part < term.weight.size(); ++part) {
     const int64_t index = term.weight[part].index, kw = weight.shape[3];
     taps[part] = weight.as<Storage>() + index / kw * weight.strides[2] + index % kw * weight.strides[3];
@@ -49,8 +52,13 @@ void with_weight(const Term& term, const Packing& problem, const Use& use) {
         return narrow<E>(v);
       });
     };
-    if (term.weight.size() == 2) return sum_of(std::integral_constant<int, 2>{});
-    if (term.weight.size() == 3) return sum_of(std::integral_constant<int, 3>{});
+    switch (term.weight.size()) {  // Of rectangles of up to three by three taps.
+      case 2: return sum_of(std::integral_constant<int, 2>{});
+      case 3: return sum_of(std::integral_constant<int, 3>{});
+      case 4: return sum_of(std::integral_constant<int, 4>{});
+      case 6: return sum_of(std::integral_constant<int, 6>{});
+      case 9: return sum_of(std::integral_constant<int, 9>{});
+    }
   }
   use([tap = taps[0]](int64_t at) { return to_element<E>(tap[at]); });
 }
@@ -61,7 +69,7 @@ void pack_as(const Packing& problem) {
   constexpr int64_t kLanes = kLaneColumns<E>;
   const TensorView &weight = problem.weight, &mask = problem.mask;
   const Panels<E> panels(problem.outputs(), problem.gated);
-  const std::vector<Term> terms = terms_of(problem.taps, problem.pairs);
+  const std::vector<Term> terms = terms_of(problem.taps, problem.filtering).all;
   const int64_t inputs = problem.inputs(), terms_count = std::ssize(terms);
   const ProductDepth<E> product(inputs, terms_count);
   const int64_t out_dim = problem.transposed ? 1 : 0;
@@ -117,12 +125,20 @@ struct Run {
   int64_t term, first, depth;
 };
 
-// The order in which the sums of pairs (terms.h) are computed: m1 + m2 and m1 - m2 are in memory when m0 and m3, still in
-// registers, complete the left and the right pixel.
+// The order in which the sums of pixels that are computed together (terms.h) are computed, along each axis: m1 + m2 and
+// m1 - m2 are in memory when m0 and m3, still in registers, complete the first and the second pixel.
 constexpr std::array kSumsInOrder{1, 2, 0, 3};
-// The buffer of the left or right pixel to which a sum belongs, and the one that keeps a sum between its groups.
-constexpr int buffer_of(int sum) { return sum / 2; }
-constexpr int partial_of(int sum) { return sum == 0 || sum == 3 ? 2 : buffer_of(sum); }
+
+// Whether there is an m2: for each sum of the rows, and then for the rows themselves.
+using Differences = std::array<bool, kSums + 1>;
+Differences differences_of(const std::vector<Term>& terms) {
+  Differences there{};
+  for (const Term& term : terms) {
+    there[term.sum / kSums] |= term.sum % kSums == kDifferenceSum;
+    there[kSums] |= term.sum / kSums == kDifferenceSum;
+  }
+  return there;
+}
 
 // Runs that are summed without leaving registers. The groups of one sum are consecutive.
 struct Group {
@@ -132,13 +148,21 @@ struct Group {
 };
 
 template <class E>
-std::vector<Group> groups_of(const std::vector<Term>& terms, bool pairs, const ProductDepth<E>& product) {
+std::vector<Group> groups_of(const std::vector<Term>& terms, Filtering filtering, const ProductDepth<E>& product) {
   // Joined terms count as one.
   const int64_t count = product.joined ? 1 : std::ssize(terms),
                 inputs = product.joined ? product.total : product.of_term;
+  const Differences differs = differences_of(terms);
+  std::vector<int> sums;
+  for (const int row : kSumsInOrder)
+    for (const int column : kSumsInOrder) {
+      if (filtering != Filtering::quads && row > 0) continue;
+      if (filtering == Filtering::direct && column > 0) continue;
+      if ((row == kDifferenceSum && !differs[kSums]) || (column == kDifferenceSum && !differs[row])) continue;
+      sums.push_back(kSums * row + column);
+    }
   std::vector<Group> groups;
-  for (int i = 0; i < (pairs ? kPairSums : 1); ++i) {
-    const int sum = pairs ? kSumsInOrder[i] : 0;
+  for (const int sum : sums) {
     groups.push_back({sum, true, true, {}});
     int64_t in_group = 0;
     for (int64_t t = 0; t < count; ++t)
@@ -158,15 +182,16 @@ std::vector<Group> groups_of(const std::vector<Term>& terms, bool pairs, const P
 
 // The rows of the product. The batch is split into groups of images. Within a group, rows go pixel by pixel, and for
 // each pixel over the group's images, so that a block of rows reads from few images. The pixels are all of the output,
-// or only the one at `position`; with pairs, the left pixel of each pair.
+// or only the one at `position`; of pixels that are computed together, the first one.
 class Rows {
  public:
   // tiles: the most tiles of a block.
   Rows(const Convolution& problem, int64_t tiles)
       : batch_(problem.batch()),
-        step_(problem.pairs ? 2 : 1),
+        step_down_(problem.filtering == Filtering::quads ? 2 : 1),
+        step_(problem.filtering != Filtering::direct ? 2 : 1),
         across_(divide_up(problem.output_width(), step_)),
-        positions_(problem.output_height() * across_),
+        positions_(divide_up(problem.output_height(), step_down_) * across_),
         tiles_(tiles) {
     if (problem.position.ndim != 0) {
       y_ = problem.position.as<int64_t>()[0];
@@ -187,6 +212,8 @@ class Rows {
   };
 
   int64_t count() const { return batch_ * positions_; }
+  // The rows and columns of pixels that are computed together.
+  int64_t step_down() const { return step_down_; }
   int64_t step() const { return step_; }
   int64_t most_rows() const { return tiles_ * kTileRows; }
   // The number of images in a group, and in the last group.
@@ -217,7 +244,7 @@ class Rows {
     int64_t b = block.first % block.images, y = at / across_, x = at % across_;
     for (int64_t r = 0; r < block.count;) {
       const int64_t count = std::min(block.images - b, block.count - r);
-      use(r, count, Pixel{block.image + b, y_ + y, x_ + x * step_});
+      use(r, count, Pixel{block.image + b, y_ + y * step_down_, x_ + x * step_});
       r += count;
       b = 0;
       if (++x == across_) x = 0, ++y;
@@ -227,7 +254,7 @@ class Rows {
  private:
   int64_t blocks_of(int64_t images) const { return divide_up(divide_up(positions_ * images, kTileRows), tiles_); }
 
-  int64_t batch_, step_, across_, positions_, tiles_, images_, blocks_;
+  int64_t batch_, step_down_, step_, across_, positions_, tiles_, images_, blocks_;
   int64_t y_ = 0, x_ = 0;
 };
 
@@ -242,18 +269,27 @@ class Convolver {
  public:
   explicit Convolver(const Convolution& problem)
       : problem_(problem),
-        terms_(terms_of(problem.taps, problem.pairs)),
+        pairs_(problem.filtering == Filtering::pairs),
+        quads_(problem.filtering == Filtering::quads),
+        filtered_(terms_of(problem.taps, problem.filtering)),
+        terms_(filtered_.all),
         forms_(forms_of(terms_)),
+        differs_(differences_of(terms_)),
         depth_(problem.inputs(), terms()),
         panels_(problem.outputs, problem.activation == Activation::gated),
-        groups_(groups_of<E>(terms_, problem.pairs, depth_)),
+        groups_(groups_of<E>(terms_, problem.filtering, depth_)),
         copies_(!kInPlace || depth_.of_term != problem.inputs() || problem.relu_input),
-        rows_(problem, kBlockTiles) {
+        rows_(problem, quads_ ? kQuadsTiles : kBlockTiles),
+        zeros_(quads_ ? problem.inputs() : 0) {
+    places_.resize(filtered_.rectangles.size());
+    for (int64_t t = 0; quads_ && t < terms(); ++t) places_[terms_[t].rectangle].push_back(t * depth_.of_term);
     for (const Term& term : terms_) {
-      above_ = std::min(above_, term.dy);
-      below_ = std::max(below_, term.dy);
+      above_ = std::min(above_, term.rows.at);
+      below_ = std::max(below_, term.rows.at);
     }
-    for (int64_t tiles = kBlockTiles; tiles > 1 && gathered_size() * int64_t{sizeof(E)} > kGatheredBytes;)
+    const int64_t most_gathered = quads_ ? kQuadsGatheredBytes : kGatheredBytes;
+    for (int64_t tiles = quads_ ? kQuadsTiles : kBlockTiles;
+         tiles > 1 && gathered_size() * int64_t{sizeof(E)} > most_gathered;)
       rows_ = Rows(problem, --tiles);  // Gathered pixels must stay in the cache, too.
     block_rows_ = rows_.most_rows();
     const auto innermost = [](const TensorView& view) { return view.ndim == 0 || view.strides[1] == 1; };
@@ -291,12 +327,12 @@ class Convolver {
  private:
   int64_t terms() const { return std::ssize(terms_); }
   // Whether what a block's terms read is copied once: each pixel, or each form of a pair.
-  bool copies() const { return (copies_ || problem_.pairs) && !depth_.joined; }
+  bool copies() const { return (copies_ || pairs_) && !depth_.joined && !quads_; }
   // Copies of a row of the input.
   int64_t copies_across() const {
-    return problem_.pairs ? divide_up(problem_.output_width(), 2) * std::ssize(forms_.forms) : problem_.width();
+    return pairs_ ? divide_up(problem_.output_width(), 2) * std::ssize(forms_.forms) : problem_.width();
   }
-  bool gathers() const { return copies_ || depth_.joined || problem_.pairs; }
+  bool gathers() const { return copies_ || depth_.joined || pairs_ || quads_; }
   // The most rows of the input that a block reads.
   int64_t read_lines(int64_t images) const {
     return std::min(problem_.height(), (rows_.most_lines(images) - 1) * problem_.stride + below_ - above_ + 1);
@@ -307,7 +343,7 @@ class Convolver {
   }
   int64_t gathered_size() const {
     if (!gathers()) return 0;
-    if (!copies()) return rows_.most_rows() * depth_.total;
+    if (!copies()) return rows_.most_rows() * (depth_.total + (quads_ ? kApart : 0));
     int64_t pixels = 0;
     for (const int64_t images : rows_.group_images())
       pixels = std::max(pixels,
@@ -322,21 +358,21 @@ class Convolver {
 
   // A worker's memory.
   struct Buffers {
-    S* sums;           // [1, or 3 with pairs, block rows, kTileColumns]
+    S* sums;           // [kBuffers of the filtering, block rows, kTileColumns]
     S* bias;           // [kTileColumns] of the panel
     S* beside;         // [kTileColumns]: a row's values of `condition` or `positive`.
     const E** pixels;  // [terms, block rows]: the values that a term reads for a row.
-    Beside* besides;   // [rows_.step(), block rows]: a row's output, condition and positive.
+    Beside* besides;   // [rows_.step_down(), rows_.step(), block rows]: a row's output, condition and positive.
     bool* reaches;     // [terms, tiles]: whether a row of the tile reads more than padding.
     E* gathered;       // If copies(), pixels of [images, depth] each; else, if gathers(), [block rows, total depth].
     E** copied;        // [read lines, copies_across()]: a copy for all images, or null if there is none yet.
 
     Buffers(Parts& parts, const Convolver& c)
-        : sums(parts.take<S>((c.problem_.pairs ? 3 : 1) * c.block_rows_ * kTileColumns<E>)),
+        : sums(parts.take<S>(c.buffers() * c.block_rows_ * kTileColumns<E>)),
           bias(parts.take<S>(kTileColumns<E>)),
           beside(parts.take<S>(kTileColumns<E>)),
           pixels(parts.take<const E*>(c.terms() * c.block_rows_)),
-          besides(parts.take<Beside>(c.rows_.step() * c.block_rows_)),
+          besides(parts.take<Beside>(c.rows_.step_down() * c.rows_.step() * c.block_rows_)),
           reaches(parts.take<bool>(c.terms() * c.block_rows_ / kTileRows)),
           gathered(parts.take<E>(c.gathered_size())),
           copied(parts.take<E*>(c.copies() ? c.read_lines() * c.copies_across() : 0)) {}
@@ -355,22 +391,25 @@ class Convolver {
     int64_t first_line = -1;
     rows_.each_pixel(block, [&](int64_t r, int64_t count, const Rows::Pixel& pixel) {
       const int64_t line = pixel.y * problem_.stride, column = pixel.x * problem_.stride;
-      for (int64_t right = 0; finishes_tiles_ && right < rows_.step(); ++right)
+      for (int64_t part = 0; finishes_tiles_ && part < rows_.step_down() * rows_.step(); ++part)
         for (int64_t i = 0; i < count; ++i) {
-          const Rows::Pixel to{pixel.b + i, pixel.y, pixel.x + right};
+          const Rows::Pixel to{pixel.b + i, pixel.y + part / 2, pixel.x + part % 2};
+          const bool there = to.y < problem_.output_height() && to.x < problem_.output_width();
           const auto at = [&](const TensorView& view) {
-            return view.ndim != 0 && to.x < problem_.output_width() ? view.as<Storage>() + to.in(view) : nullptr;
+            return view.ndim != 0 && there ? view.as<Storage>() + to.in(view) : nullptr;
           };
-          buffers.besides[right * block_rows_ + r + i] = {at(problem_.output), at(problem_.condition),
-                                                          at(problem_.positive)};
+          buffers.besides[part * block_rows_ + r + i] = {at(problem_.output), at(problem_.condition),
+                                                         at(problem_.positive)};
         }
+      if (quads_) return;
       if (first_line < 0) first_line = std::max<int64_t>(0, line + above_);
       for (int64_t t = 0; t < terms(); ++t) {
         const Term& term = terms_[t];
-        const int64_t y = line + term.dy, x = column + term.dx;
-        bool one = inside(y, x), other = term.sign != 0 && inside(y, column + term.other_dx);
+        const Reading& reading = term.columns;
+        const int64_t y = line + term.rows.at, x = column + reading.at;
+        bool one = inside(y, x), other = reading.sign != 0 && inside(y, column + reading.other);
         // The last sum is only for right pixels, and an image of odd width ends with a left one.
-        if (problem_.pairs && term.sum == kPairSums - 1 && pixel.x + 1 == problem_.output_width()) one = other = false;
+        if (pairs_ && term.sum == kSums - 1 && pixel.x + 1 == problem_.output_width()) one = other = false;
         const E** const at = buffers.pixels + t * block_rows_ + r;
         if (one || other)
           for (int64_t tile = r / kTileRows; tile <= (r + count - 1) / kTileRows; ++tile)
@@ -379,14 +418,14 @@ class Convolver {
           for (int64_t i = 0; i < count; ++i) at[i] = zeros;
         if (!depth_.joined && !one && !other) continue;
         const Storage* const from = one ? read({pixel.b, y, x}) : nullptr;
-        if (copies() && (copies_ || term.sign != 0)) {
-          const int64_t place = problem_.pairs ? pixel.x / 2 * std::ssize(forms_.forms) + forms_.of_term[t] : x;
+        if (copies() && (copies_ || reading.sign != 0)) {
+          const int64_t place = pairs_ ? pixel.x / 2 * std::ssize(forms_.forms) + forms_.of_term[t] : x;
           E*& copy = buffers.copied[(y - first_line) * copies_across() + place];
           if (!copy) {
             copy = free;
             free +=
                 copy_form(free, one ? read({block.image, y, x}) : nullptr,
-                          other ? read({block.image, y, column + term.other_dx}) : nullptr, term.sign, block.images);
+                          other ? read({block.image, y, column + reading.other}) : nullptr, reading.sign, block.images);
           }
           for (int64_t i = 0; i < count; ++i) at[i] = copy + (pixel.b - block.image + i) * depth_.of_term;
         } else if (depth_.joined) {
@@ -408,6 +447,7 @@ class Convolver {
           buffers.pixels[r + i] = row;
         }
     });
+    if (quads_) read_quads(buffers, block);
     // Joined terms are stored as the first one.
     if (depth_.joined) std::fill_n(buffers.reaches, divide_up(block.count, kTileRows), true);
   }
@@ -432,6 +472,42 @@ class Convolver {
     return images * depth_.of_term;
   }
 
+  // Locates the values of a block's quads, and writes them. Images are read one after another, in memory order.
+  void read_quads(Buffers& buffers, const Rows::Block& block) const {
+    if constexpr (std::is_same_v<E, float>) {
+      rows_.each_pixel(block, [&](int64_t r, int64_t count, const Rows::Pixel& pixel) {
+        const bool last_row = pixel.y + 1 == problem_.output_height(), last = pixel.x + 1 == problem_.output_width();
+        for (int64_t t = 0; t < terms(); ++t) {
+          for (int64_t i = r; i < r + count; ++i)
+            buffers.pixels[t * block_rows_ + i] = quad_at(buffers, i) + t * depth_.of_term;
+          // The last sums are only for pixels below or to the right of the first one.
+          if ((last_row && terms_[t].sum / kSums == kSums - 1) || (last && terms_[t].sum % kSums == kSums - 1))
+            continue;
+          for (int64_t tile = r / kTileRows; tile <= (r + count - 1) / kTileRows; ++tile)
+            buffers.reaches[t * block_rows_ / kTileRows + tile] = true;
+        }
+      });
+      for (int64_t image = block.image; image < block.image + block.images; ++image)
+        rows_.each_pixel(block, [&](int64_t r, int64_t count, const Rows::Pixel& pixel) {
+          const int64_t i = image - pixel.b;
+          if (i < 0 || i >= count) return;
+          for (size_t j = 0; j < places_.size(); ++j)
+            read_rectangle(filtered_.rectangles[j], {image, pixel.y, pixel.x}, quad_at(buffers, r + i), places_[j]);
+        });
+    }
+  }
+  E* quad_at(const Buffers& buffers, int64_t r) const { return buffers.gathered + r * (depth_.total + kApart); }
+  void read_rectangle(const Rectangle& taps, const Rows::Pixel& pixel, float* to,
+                      const std::vector<int64_t>& places) const {
+    with_products_of(taps.height, [&](auto rows) {
+      with_products_of(taps.width, [&](auto columns) {
+        const auto square = square_of<Storage>(problem_.input, pixel.b, pixel.y + taps.dy, pixel.x + taps.dx,
+                                               *rows.value, *columns.value, zeros_.data());
+        read_square<*rows.value, *columns.value>(square, 0, problem_.inputs(), problem_.relu_input, to, places.data());
+      });
+    });
+  }
+
   void read_bias(Buffers& buffers, int64_t p) const {
     const Panel panel = panels_[p];
     for (int64_t column = 0; column < panel.vectors * kLaneColumns<E>; ++column) {
@@ -444,19 +520,23 @@ class Convolver {
     return buffers.sums + (sum * block_rows_ + r) * kTileColumns<E>;
   }
 
+  // Buffers of sums: of the pixels that are computed together, of quads another two for one of the sums of their rows,
+  // and with either one for a sum between its groups.
+  int64_t buffers() const { return quads_ ? 7 : pairs_ ? 3 : 1; }
+  int64_t partial() const { return buffers() - 1; }
+
   // Sums over all terms, beginning with the bias.
   void multiply(Buffers& buffers, int64_t p, int64_t count) const {
     const int64_t vectors = panels_[p].vectors, columns = vectors * kLaneColumns<E>;
     const E* const panel = problem_.packed.template as<E>() + panels_.offset(p, depth_.total);
+    const int first_sum = groups_[0].sum;
     for (const Group& group : groups_)
       for (int64_t r = 0; r < count; r += kTileRows)
         with_tile(std::min<int64_t>(kTileRows, count - r), vectors, [&](auto tile_rows, auto tile_vectors) {
           Tile<E, tile_rows, tile_vectors> tile;
-          S* const sums = row_of(buffers, buffer_of(group.sum), r);
-          S* const partial = problem_.pairs ? row_of(buffers, partial_of(group.sum), r) : sums;
           if (!group.begins)
-            tile.load(partial, kTileColumns<E>);
-          else if (group.sum == (problem_.pairs ? kSharedSum : 0))
+            tile.load(row_of(buffers, partial(), r), kTileColumns<E>);
+          else if (group.sum == first_sum)
             tile.load(buffers.bias, 0);
           else
             tile.clear();
@@ -467,14 +547,40 @@ class Convolver {
             tile.multiply([&left](int j, int64_t k) { return left[j] + k; },
                           panel + (run.term * depth_.of_term + run.first) * columns, run.depth);
           }
-          if (!group.ends) return tile.store(partial, kTileColumns<E>);
-          if (group.sum == kDifferenceSum) return separate(tile, row_of(buffers, 0, r), sums);
-          if (problem_.pairs && group.sum != kSharedSum) tile.add(sums, kTileColumns<E>);
-          if (group.sum != kSharedSum && finishes_tiles(panels_[p]))
-            finish_tile(tile, buffers.besides + buffer_of(group.sum) * block_rows_ + r, panels_[p].first);
+          if (!group.ends) return tile.store(row_of(buffers, partial(), r), kTileColumns<E>);
+          const int64_t column = group.sum % kSums;
+          int64_t part = 0;
+          if (quads_) {
+            constexpr int64_t kOfRows = 4;  // The buffers of the left and the right sum of a row.
+            const int64_t row = group.sum / kSums, right = column / 2;
+            if (!complete(tile, column, differs_[row], row_of(buffers, kOfRows, r), row_of(buffers, kOfRows + 1, r)))
+              return;
+            if (!complete(tile, row, differs_[kSums], row_of(buffers, right, r), row_of(buffers, 2 + right, r))) return;
+            part = row / 2 * 2 + right;
+          } else if (pairs_) {
+            if (!complete(tile, column, differs_[0], row_of(buffers, 0, r), row_of(buffers, 1, r))) return;
+            part = column / 2;
+          }
+          if (finishes_tiles(panels_[p]))
+            finish_tile(tile, buffers.besides + part * block_rows_ + r, panels_[p].first);
           else
-            tile.store(sums, kTileColumns<E>);
+            tile.store(row_of(buffers, part, r), kTileColumns<E>);
         });
+  }
+
+  // Adds one of the sums m0 to m3 to those before it. Returns whether a tile then is complete: the first result after
+  // m0, the second one after m3. differs: whether there is an m2.
+  template <int Rows, int Vectors>
+  [[gnu::always_inline]] static bool complete(Tile<E, Rows, Vectors>& tile, int64_t sum, bool differs, S* first,
+                                              S* second) {
+    switch (sum) {
+      case kSharedSum:
+        tile.store(first, kTileColumns<E>);
+        if (!differs) tile.store(second, kTileColumns<E>);
+        return false;
+      case kDifferenceSum: separate(tile, first, second); return false;
+      default: tile.add(sum == 0 ? first : second, kTileColumns<E>); return true;
+    }
   }
 
   // Whether sums are written to the output directly from registers.
@@ -501,17 +607,17 @@ class Convolver {
     }
   }
 
-  // Given m1 in `left` and m2 in a tile, writes m1 + m2 and m1 - m2.
+  // Given m1 in `first` and m2 in a tile, writes m1 + m2 and m1 - m2.
   template <int Rows, int Vectors>
-  [[gnu::always_inline]] static void separate(const Tile<E, Rows, Vectors>& m2, S* left, S* right) {
+  [[gnu::always_inline]] static void separate(const Tile<E, Rows, Vectors>& m2, S* first, S* second) {
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) {
         const int64_t at = r * kTileColumns<E> + v * kLaneColumns<E>;
-        const R m1 = load_register(left + at);
-        store_register(left + at, m1 + m2.sums[r][v]);
-        store_register(right + at, m1 - m2.sums[r][v]);
+        const R m1 = load_register(first + at);
+        store_register(first + at, m1 + m2.sums[r][v]);
+        store_register(second + at, m1 - m2.sums[r][v]);
       }
   }
 
@@ -519,8 +625,11 @@ class Convolver {
   void finish(Buffers& buffers, int64_t p, const Rows::Block& block) const {
     rows_.each_pixel(block, [&](int64_t r, int64_t count, Rows::Pixel pixel) {
       for (int64_t i = 0; i < count; ++i, ++pixel.b)
-        for (int64_t right = 0; right < rows_.step() && pixel.x + right < problem_.output_width(); ++right)
-          finish_pixel(buffers, panels_[p], row_of(buffers, right, r + i), {pixel.b, pixel.y, pixel.x + right});
+        for (int64_t part = 0; part < rows_.step_down() * rows_.step(); ++part) {
+          const int64_t y = pixel.y + part / 2, x = pixel.x + part % 2;
+          if (y < problem_.output_height() && x < problem_.output_width())
+            finish_pixel(buffers, panels_[p], row_of(buffers, part, r + i), {pixel.b, y, x});
+        }
     });
   }
   void finish_pixel(Buffers& buffers, const Panel& panel, S* sums, const Rows::Pixel& pixel) const {
@@ -576,14 +685,20 @@ class Convolver {
   }
 
   const Convolution& problem_;
-  std::vector<Term> terms_;
+  bool pairs_, quads_;
+  Terms filtered_;
+  const std::vector<Term>& terms_;
   Forms forms_;
+  Differences differs_;
   ProductDepth<E> depth_;
   Panels<E> panels_;
   std::vector<Group> groups_;
   bool copies_, finishes_tiles_;
   Rows rows_;
   int64_t block_rows_;
+  // Of quads: what is read outside of images, and by rectangle the places of its terms' values.
+  std::vector<Storage> zeros_;
+  std::vector<std::vector<int64_t>> places_;
   int64_t above_ = 0, below_ = 0;  // Offsets of the first and last input rows that terms reach.
 };
 

@@ -11,8 +11,7 @@
 // mask that differs between channels is multiplied into the packed weights. A sum is one chain of additions over the
 // taps in order, and over the channels within a tap; on CUDA, two such chains are added where two teams of warps share
 // a tile (TwoTeams in core/cuda/product.cuh). A pixel computed alone therefore equals, bit for bit, the same pixel
-// computed with its image. Convolutions in pairs of pixels (terms.h), which need fewer multiplications, are the
-// exception.
+// computed with its image. Convolutions that compute neighbouring pixels together (Filtering) are the exception.
 //
 // Gradients. The input gradient is the same convolution with the weight transposed and dy, dx negated. The weight
 // gradient is, for each tap, the product of the shifted input and the output gradient, times the mask, and zero for
@@ -32,6 +31,10 @@
 
 namespace cpc::masked_conv {
 
+// How many pixels are computed together (terms.h): one, two neighbours of a row, or a square of 2x2. The latter two take
+// fewer multiplications.
+enum class Filtering { direct, pairs, quads };
+
 struct Tap {
   int64_t index;   // i * kw + j
   int64_t dy, dx;  // The input pixel that it reads, relative to the output pixel times the stride.
@@ -49,7 +52,7 @@ struct Packing {
   std::vector<Tap> taps;
   bool transposed = false;  // From O to C channels, for the input gradient; otherwise from C to O.
   bool gated = false;       // The CPU packs outputs n and n + N / 2 into the same panel.
-  bool pairs = false;       // For a convolution in pairs.
+  Filtering filtering = Filtering::direct;
 
   int64_t outputs() const { return weight.shape[transposed ? 1 : 0]; }
   int64_t inputs() const { return weight.shape[transposed ? 0 : 1]; }
@@ -76,9 +79,9 @@ struct Convolution {
   // CUDA only: read `weight` in place and transposed, for the input gradient, whose taps are negated.
   bool transposed = false;
   bool tf32 = false;  // Whether CUDA may round float operands to TF32.
-  // Whether neighbouring pixels of a row are computed in pairs (terms.h). CPU only, for types that
-  // are multiplied as floats, for all pixels, a dilation of 1, a stride of 1, and a mask [kh, kw] or none.
-  bool pairs = false;
+  // Other than direct on the CPU only, for types that are multiplied as floats, for all pixels, a dilation of 1, a stride
+  // of 1, and a mask [kh, kw] or none.
+  Filtering filtering = Filtering::direct;
   // CPU only: the stride, and whether a ReLU is applied to the input.
   int64_t stride = 1;
   bool relu_input = false;
@@ -116,7 +119,7 @@ struct WeightGrad {
   std::vector<Tap> taps;
   bool tf32 = false;
   // As in Convolution.
-  bool pairs = false;
+  Filtering filtering = Filtering::direct;
   int64_t stride = 1;
   bool relu_input = false;
 
@@ -235,7 +238,7 @@ CPC_DECLARE_AT_EACH_ISA(int64_t packed_bytes(int64_t outputs, int64_t inputs, in
 inline int64_t packed_bytes(int64_t outputs, int64_t inputs, int64_t terms, DType dtype, bool gated) {
   CPC_CALL_AT_ISA_OF(dtype, packed_bytes, outputs, inputs, terms, dtype, gated)
 }
-// Whether tensors of this type are multiplied as floats, of which pairs are made.
+// Whether tensors of this type are multiplied as floats, as pairs and quads are.
 inline bool multiplies_floats(DType dtype) { CPC_CALL_AT_ISA_OF(dtype, multiplies_floats, dtype) }
 inline void pack(const Packing& problem) { CPC_CALL_AT_ISA_OF(problem.weight.dtype, pack, problem) }
 inline void convolve(const Convolution& problem) { CPC_CALL_AT_ISA_OF(problem.input.dtype, convolve, problem) }

@@ -3,12 +3,15 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 
 #include "core/gemm.h"
 #include "core/simd.h"
 #include "core/workspace.h"
+#include "masked_conv/terms.h"
 
 namespace cpc::masked_conv::cpu::CPC_ISA {
 
@@ -156,6 +159,70 @@ inline void add(E* __restrict to, const Storage* one, const Storage* other, int6
     add_all([](auto v) { return v < 0 ? decltype(v){} : v; });
   else
     add_all([](auto v) { return v; });
+}
+
+// Elements between arrays that are written side by side, so that they are not all in the same set of the cache.
+constexpr int64_t kApart = 16;
+
+// Pixels of a square, by row and column; those outside of the image are rows of zeros.
+template <class Storage>
+using Square = std::array<std::array<const Storage*, kSums>, kSums>;
+
+// The pixels of image b that products read, from (y, x) on.
+template <class Storage>
+Square<Storage> square_of(const TensorView& view, int64_t b, int64_t y, int64_t x, const Products& rows,
+                          const Products& columns, const Storage* zeros) {
+  Square<Storage> square;
+  for (int64_t i = 0; i < rows.pixels; ++i)
+    for (int64_t j = 0; j < columns.pixels; ++j) {
+      const bool inside =
+          b < view.shape[0] && y + i >= 0 && y + i < view.shape[2] && x + j >= 0 && x + j < view.shape[3];
+      square[i][j] =
+          inside ? view.as<Storage>() + b * view.strides[0] + (y + i) * view.strides[2] + (x + j) * view.strides[3]
+                 : zeros;
+    }
+  return square;
+}
+
+// Writes what each product of a quad reads from a square of pixels: `count` values from the channel `first` on, those of
+// product i at to + places[i]. Products are ordered by rows, then columns.
+template <const Products& kRows, const Products& kColumns, class Storage>
+void read_square(const Square<Storage>& from, int64_t first, int64_t count, bool through_relu, float* to,
+                 const int64_t* places) {
+  constexpr int64_t kLanes = kRegisterLanes<float>;
+  const float least = through_relu ? 0 : -std::numeric_limits<float>::infinity();
+  const auto read_at = [&](auto load, auto store) {
+    using V = decltype(load(from[0][0]));
+    const auto combine = [](const Reading& reading, const auto& value) {
+      const V v = value(reading.at);
+      return reading.sign == 0 ? v : reading.sign > 0 ? v + value(reading.other) : v - value(reading.other);
+    };
+    V rows[kRows.count][kColumns.pixels];
+#pragma GCC unroll 4
+    for (int x = 0; x < kColumns.pixels; ++x) {
+      V pixels[kRows.pixels];
+#pragma GCC unroll 4
+      for (int y = 0; y < kRows.pixels; ++y) {
+        const V v = load(from[y][x]);
+        pixels[y] = v < least ? V{} + least : v;  // NaN stays.
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows.count; ++i)
+        rows[i][x] = combine(kRows.products[i].reading, [&](int64_t y) { return pixels[y]; });
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows.count; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < kColumns.count; ++j)
+        store(to + places[i * kColumns.count + j],
+              combine(kColumns.products[j].reading, [&](int64_t x) { return rows[i][x]; }));
+  };
+  int64_t k = 0;
+  for (; k + kLanes <= count; k += kLanes)
+    read_at([=](const Storage* p) { return load_widened<float>(p + first + k); },
+            [k](float* p, Register<float> v) { store_register(p + k, v); });
+  for (; k < count; ++k)
+    read_at([=](const Storage* p) { return float{widen(p[first + k])}; }, [k](float* p, float v) { p[k] = v; });
 }
 
 }  // namespace cpc::masked_conv::cpu::CPC_ISA

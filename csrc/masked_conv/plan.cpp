@@ -12,17 +12,34 @@
 namespace cpc::masked_conv {
 namespace {
 
-// With fewer pixels, pairs do not make up for the extra additions of packing the weights.
-constexpr int64_t kPairsPixels = 256;
+// With fewer pixels, pairs and quads do not make up for the extra additions of packing the weights.
+constexpr int64_t kPairsPixels = 256, kQuadsPixels = 1024;
 // With fewer channels, they do not make up for the additions of pixels.
 constexpr int64_t kPairsChannels = 32;
+// With more channels, the values of quads and the weights of their sums exceed the caches.
+constexpr int64_t kQuadsChannels = 384;
+// Quads must take at most this part of the products of pairs to make up for their additions: of pixels, and of the
+// gradient of the weight, for which the output's gradient is filtered, too.
+constexpr double kQuadsProducts = 0.85, kQuadsGradProducts = 0.75;
 
-// Whether to compute neighbouring pixels in pairs. Only where floats are multiplied, so that double sums are exactly as
-// documented and sums of pixels are not rounded to bfloat16; only if one mask serves all channels, so that a hidden
-// weight does not come back as a rounding error; and only if it is faster.
-bool in_pairs(const TensorView& weight, const TensorView& mask, const TensorView& images, int64_t dilation,
-              Where where) {
-  return where == Where::host && mask.ndim == 2 && pairs_pay(weight, images, dilation);
+// The products that one channel of an image takes. A pixel's products are skipped where all that they read lies outside
+// of the image.
+int64_t products_of(const std::vector<Term>& terms, Filtering filtering, int64_t height, int64_t width) {
+  const int64_t down = filtering == Filtering::quads ? 2 : 1, across = 2;
+  const auto reached = [](const Reading& reading, int64_t step, bool last_only, int64_t size) {
+    int64_t count = 0;
+    for (int64_t at = 0; at < size; at += step) {
+      const auto inside = [&](int64_t offset) { return at + offset >= 0 && at + offset < size; };
+      if (last_only && at + 1 == size) continue;
+      count += inside(reading.at) || (reading.sign != 0 && inside(reading.other));
+    }
+    return count;
+  };
+  int64_t count = 0;
+  for (const Term& term : terms)
+    count += reached(term.rows, down, term.sum / kSums == kSums - 1, height) *
+             reached(term.columns, across, term.sum % kSums == kSums - 1, width);
+  return count;
 }
 
 // ORs the filters of a dense mask together, eight at a time: eight filters are `taps` words of 8 bytes.
@@ -67,15 +84,18 @@ std::vector<int64_t> all_taps(const TensorView& mask) {
 }
 
 template <class Problem>
-Plan plan_of(const Problem& problem, const TensorView& images, Where where, bool negated) {
+Plan plan_of(const Problem& problem, const TensorView& images, Where where, Wanted wanted, bool negated) {
   const int64_t* const kernel = problem.weight.shape;
   const auto taps = [&](const std::vector<int64_t>& visible) {
     return taps_of(visible, kernel[2], kernel[3], problem.dilation, negated, images.shape[2], images.shape[3]);
   };
   // If the host cannot read the mask, all taps are summed; the device then zeroes the weights that the mask hides.
   const auto seen = [&] { return readable(where) ? visible_taps(problem.mask) : all_taps(problem.mask); };
-  return {.taps = taps(problem.visible ? *problem.visible : seen()),
-          .pairs = in_pairs(problem.weight, problem.mask, images, problem.dilation, where)};
+  Plan plan{.taps = taps(problem.visible ? *problem.visible : seen())};
+  // A hidden weight must not come back as a rounding error of others, as it could where masks differ between channels.
+  if (where == Where::host && problem.mask.ndim == 2)
+    plan.filtering = filtering_of(problem.weight, images, plan.taps, problem.dilation, wanted);
+  return plan;
 }
 
 PackedWeight packed_weight(const TensorView& weight, bool transposed, bool gated) {
@@ -93,7 +113,7 @@ WeightGrad weight_grad_of(const LayerGrad& problem, const TensorView& grad, cons
           .bias_parts = {},
           .taps = plan.taps,
           .tf32 = problem.tf32,
-          .pairs = plan.pairs};
+          .filtering = plan.filtering};
 }
 
 // The gradient of the convolution's sums, before the activation.
@@ -151,7 +171,7 @@ void run(const Layer& problem, const Device& on) {
              .packed = problem.workspace,
              .taps = plan.taps,
              .gated = problem.activation == Activation::gated,
-             .pairs = plan.pairs});
+             .filtering = plan.filtering});
   on.convolve({.input = problem.input,
                .packed = in_place ? TensorView{} : problem.workspace,
                .weight = problem.weight,
@@ -166,7 +186,7 @@ void run(const Layer& problem, const Device& on) {
                .activation = problem.activation,
                .outputs = problem.weight.shape[0],
                .tf32 = problem.tf32,
-               .pairs = plan.pairs});
+               .filtering = plan.filtering});
 }
 
 // The kernels run one after another on one stream, so each may use all of the workspace after the partial sums of the
@@ -185,7 +205,7 @@ void run(const LayerGrad& problem, const Device& on) {
                         .activation = problem.activation});
   const TensorView& grad = grad_before_activation(problem);
   if (problem.grad_input.ndim != 0) {
-    const Plan plan = masked_conv::plan(problem, Device::kWhere, /*negated=*/true);
+    const Plan plan = masked_conv::plan(problem, Device::kWhere, Wanted::pixels);
     const bool in_place = Device::reads_transposed(problem, grad);
     if (!in_place)
       on.pack({.weight = problem.weight,
@@ -193,7 +213,7 @@ void run(const LayerGrad& problem, const Device& on) {
                .packed = workspace,
                .taps = plan.taps,
                .transposed = true,
-               .pairs = plan.pairs});
+               .filtering = plan.filtering});
     on.convolve({.input = grad,
                  .packed = in_place ? TensorView{} : workspace,
                  .weight = problem.weight,
@@ -208,10 +228,11 @@ void run(const LayerGrad& problem, const Device& on) {
                  .outputs = problem.weight.shape[1],
                  .transposed = in_place,
                  .tf32 = problem.tf32,
-                 .pairs = plan.pairs});
+                 .filtering = plan.filtering});
   }
   if (problem.grad_weight.ndim != 0) {
-    WeightGrad last = weight_grad_of(problem, grad, workspace, masked_conv::plan(problem, Device::kWhere));
+    WeightGrad last =
+        weight_grad_of(problem, grad, workspace, masked_conv::plan(problem, Device::kWhere, Wanted::weight_grad));
     last.bias_grad = problem.grad_bias;
     last.bias_parts = problem.workspace;
     on.weight_grad(last);
@@ -220,10 +241,21 @@ void run(const LayerGrad& problem, const Device& on) {
 
 }  // namespace
 
-bool pairs_pay(const TensorView& weight, const TensorView& images, int64_t dilation) {
-  return cpu::multiplies_floats(weight.dtype) && dilation == 1 && weight.shape[3] > 1 && images.shape[3] > 1 &&
-         std::min(weight.shape[0], weight.shape[1]) >= kPairsChannels &&
-         images.shape[0] * images.shape[2] * images.shape[3] >= kPairsPixels;
+Filtering filtering_of(const TensorView& weight, const TensorView& images, const std::vector<Tap>& taps,
+                       int64_t dilation, Wanted wanted) {
+  // Double sums are exactly as documented, and sums of pixels are not rounded to bfloat16.
+  const int64_t height = images.shape[2], width = images.shape[3], pixels = images.shape[0] * height * width;
+  if (!cpu::multiplies_floats(weight.dtype) || dilation != 1 || weight.shape[3] == 1 || width == 1 ||
+      std::min(weight.shape[0], weight.shape[1]) < kPairsChannels || pixels < kPairsPixels)
+    return Filtering::direct;
+  if (weight.shape[2] == 1 || height == 1 || pixels < kQuadsPixels ||
+      std::max(weight.shape[0], weight.shape[1]) > kQuadsChannels)
+    return Filtering::pairs;
+  const auto products = [&](Filtering filtering) {
+    return static_cast<double>(products_of(terms_of(taps, filtering).all, filtering, height, width));
+  };
+  const double most = (wanted == Wanted::pixels ? kQuadsProducts : kQuadsGradProducts) * products(Filtering::pairs);
+  return products(Filtering::quads) <= most ? Filtering::quads : Filtering::pairs;
 }
 
 std::vector<int64_t> visible_taps(const TensorView& mask) {
@@ -234,18 +266,18 @@ std::vector<int64_t> visible_taps(const TensorView& mask) {
   return taps;
 }
 
-Plan plan(const Layer& problem, Where where) { return plan_of(problem, problem.input, where, false); }
-Plan plan(const LayerGrad& problem, Where where, bool negated) {
-  return plan_of(problem, problem.grad, where, negated);
+Plan plan(const Layer& problem, Where where) { return plan_of(problem, problem.input, where, Wanted::pixels, false); }
+Plan plan(const LayerGrad& problem, Where where, Wanted wanted) {
+  return plan_of(problem, problem.grad, where, wanted, /*negated=*/wanted == Wanted::pixels);
 }
 
-int64_t packed_bytes(const PackedWeight& weight, const std::vector<Tap>& taps, bool pairs,
+int64_t packed_bytes(const PackedWeight& weight, const std::vector<Tap>& taps, Filtering filtering,
                      [[maybe_unused]] Where where) {
 #if defined(CPC_WITH_CUDA)
   if (where == Where::cuda)
     return cuda::packed_bytes(weight.outputs, weight.inputs, static_cast<int64_t>(taps.size()), weight.dtype);
 #endif
-  const auto terms = static_cast<int64_t>(terms_of(taps, pairs).size());
+  const auto terms = static_cast<int64_t>(terms_of(taps, filtering).all.size());
   return cpu::packed_bytes(weight.outputs, weight.inputs, terms, weight.dtype, weight.gated);
 }
 
@@ -255,16 +287,18 @@ int64_t workspace_bytes(const Layer& problem, Where where) {
 #endif
   const Plan plan = masked_conv::plan(problem, where);
   return packed_bytes(packed_weight(problem.weight, false, problem.activation == Activation::gated), plan.taps,
-                      plan.pairs, where);
+                      plan.filtering, where);
 }
 
 int64_t workspace_bytes(const LayerGrad& problem, Where where) {
-  const Plan plan = masked_conv::plan(problem, where);
   int64_t bytes = 0;
-  if (problem.grad_input.ndim != 0)
-    bytes = packed_bytes(packed_weight(problem.weight, true, false), plan.taps, plan.pairs, where);
+  if (problem.grad_input.ndim != 0) {
+    const Plan plan = masked_conv::plan(problem, where, Wanted::pixels);
+    bytes = packed_bytes(packed_weight(problem.weight, true, false), plan.taps, plan.filtering, where);
+  }
 #if defined(CPC_WITH_CUDA)
   if (where == Where::cuda && problem.grad_weight.ndim != 0) {
+    const Plan plan = masked_conv::plan(problem, where, Wanted::weight_grad);
     const WeightGrad weight_grad = weight_grad_of(problem, grad_before_activation(problem), problem.workspace, plan);
     bytes = std::max(bytes, cuda::weight_grad_workspace(weight_grad));
   }
@@ -273,7 +307,7 @@ int64_t workspace_bytes(const LayerGrad& problem, Where where) {
 }
 
 int64_t workspace_bytes(const PixelPacking& problem, Where where) {
-  return packed_bytes(packed_weight(problem.weight, false, problem.gated), problem.taps, false, where);
+  return packed_bytes(packed_weight(problem.weight, false, problem.gated), problem.taps, Filtering::direct, where);
 }
 
 void cpu::layer(const Layer& problem) { run(problem, OnHost{}); }

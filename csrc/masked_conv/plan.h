@@ -9,15 +9,19 @@ namespace cpc::masked_conv {
 
 struct Plan {
   std::vector<Tap> taps;
-  bool pairs = false;  // Whether neighbouring pixels are computed together (terms.h).
+  Filtering filtering = Filtering::direct;
 };
 
-Plan plan(const Layer& problem, Where where);
-// negated: whether to negate the taps, for the input gradient, which sums over the same taps.
-Plan plan(const LayerGrad& problem, Where where, bool negated = false);
+// What is computed: the sums of pixels, or the gradient of the weight.
+enum class Wanted { pixels, weight_grad };
 
-// Whether it is faster on the CPU to compute neighbouring pixels of images together, at stride 1.
-bool pairs_pay(const TensorView& weight, const TensorView& images, int64_t dilation);
+Plan plan(const Layer& problem, Where where);
+// Of pixels of the input gradient, which sums over the same taps, negated; or of the weight gradient.
+Plan plan(const LayerGrad& problem, Where where, Wanted wanted);
+
+// The filtering that is fastest on the CPU for these taps at stride 1, if one mask serves all channels.
+Filtering filtering_of(const TensorView& weight, const TensorView& images, const std::vector<Tap>& taps,
+                       int64_t dilation, Wanted wanted);
 
 // The taps that some channel sees, in order.
 std::vector<int64_t> visible_taps(const TensorView& mask);
@@ -27,6 +31,6 @@ struct PackedWeight {
   DType dtype;
   bool gated;
 };
-int64_t packed_bytes(const PackedWeight& weight, const std::vector<Tap>& taps, bool pairs, Where where);
+int64_t packed_bytes(const PackedWeight& weight, const std::vector<Tap>& taps, Filtering filtering, Where where);
 
 }  // namespace cpc::masked_conv

@@ -183,7 +183,7 @@ void logistic_mixture() {
 
 // A convolution and its gradients, with more blocks, panels and slices than threads. Through a ReLU each block copies
 // the pixels that it reads.
-void masked_conv_of(bool pairs, bool relu_input) {
+void masked_conv_of(masked_conv::Filtering filtering, bool relu_input) {
   constexpr int64_t kBatch = 7, kIn = 20, kOut = 70, kSize = 9;
   const auto floats = [](int64_t n) { return std::vector<float>(n, 0.5f); };
   std::vector<float> input = floats(kBatch * kIn * kSize * kSize), output = floats(kBatch * kOut * kSize * kSize),
@@ -199,8 +199,8 @@ void masked_conv_of(bool pairs, bool relu_input) {
   packing.weight = dense(weight.data(), DType::f32, {kOut, kIn, 3, 3});
   packing.mask = dense(const_cast<bool*>(visible), DType::boolean, {3, 3});
   packing.taps = masked_conv::taps_of({0, 1, 2, 3, 4}, 3, 3, 1, false, kSize, kSize);
-  packing.pairs = pairs;
-  const auto terms = static_cast<int64_t>(masked_conv::terms_of(packing.taps, pairs).size());
+  packing.filtering = filtering;
+  const auto terms = static_cast<int64_t>(masked_conv::terms_of(packing.taps, filtering).all.size());
   std::vector<char> packed(masked_conv::cpu::CPC_ISA::packed_bytes(kOut, kIn, terms, DType::f32, false));
   packing.packed = dense(packed.data(), DType::u8, {static_cast<int64_t>(packed.size())});
   masked_conv::cpu::CPC_ISA::pack(packing);
@@ -210,7 +210,7 @@ void masked_conv_of(bool pairs, bool relu_input) {
   convolution.output = images(output, kOut);
   convolution.taps = packing.taps;
   convolution.outputs = kOut;
-  convolution.pairs = pairs;
+  convolution.filtering = filtering;
   convolution.relu_input = relu_input;
   masked_conv::cpu::CPC_ISA::convolve(convolution);
   masked_conv::ActivationGrad activation;
@@ -226,14 +226,15 @@ void masked_conv_of(bool pairs, bool relu_input) {
   gradient.mask = packing.mask;
   gradient.weight_grad = packing.weight;
   gradient.taps = packing.taps;
-  gradient.pairs = pairs;
+  gradient.filtering = filtering;
   gradient.relu_input = relu_input;
   masked_conv::cpu::CPC_ISA::weight_grad(gradient);
 }
 
 void masked_conv() {
-  for (const bool pairs : {false, true})
-    for (const bool relu_input : {false, true}) masked_conv_of(pairs, relu_input);
+  using masked_conv::Filtering;
+  for (const Filtering filtering : {Filtering::direct, Filtering::pairs, Filtering::quads})
+    for (const bool relu_input : {false, true}) masked_conv_of(filtering, relu_input);
 }
 
 // Two steps that read what steps of other pixels wrote, with work enough for all threads.

@@ -102,6 +102,14 @@ CASES = [
     Case(20, 32, 40, (4, 4), (5, 5), padding=2, activation="relu"),
     Case(8, 48, 32, (7, 6), padding=0, relu_input=True),
     Case(12, 32, 32, (4, 5), (2, 4), padding=(1, 3)),
+    # And these in squares of 2x2 pixels.
+    Case(9, 33, 68, (12, 11), relu_input=True, residual="channels_last"),
+    Case(20, 32, 40, (8, 8), (5, 5), padding=2, activation="relu"),
+    Case(20, 48, 32, (9, 10), padding=0, relu_input=True),
+    Case(13, 32, 33, (9, 9), (2, 4), padding=(1, 3)),
+    Case(13, 33, 32, (9, 10), (4, 2), padding=(2, 0), residual="nchw", layout="nchw"),
+    # So many channels that a sum takes more than one step, and the weight's gradient more than one block.
+    Case(7, 360, 32, (13, 12), (2, 2), padding=(0, 1)),
 ]
 
 
@@ -168,13 +176,13 @@ def test_gradients_that_nobody_wants_are_absent(wanted, activation):
 
 
 def test_nan_reaches_only_what_sees_it():
-    """Also through a ReLU, which keeps it, and where pairs of pixels are computed."""
-    for dtype in DTYPES:
-        case = Case(10, 32, 32, (6, 7), relu_input=True)
+    """Also through a ReLU, which keeps it, and where pixels are computed in pairs or squares."""
+    for dtype, batch in itertools.product(DTYPES, [10, 30]):
+        case = Case(batch, 32, 32, (6, 7), relu_input=True)
         tensors = case.tensors(dtype)
         tensors["input"][3, 5, 2, 4] = float("nan")
         output = conv2d(**tensors, **case.options)
-        seen = torch.zeros(10, 6, 7, dtype=torch.bool)
+        seen = torch.zeros(batch, 6, 7, dtype=torch.bool)
         seen[3, 1:4, 3:6] = True
         assert output.isnan().any(1).equal(seen)
 

@@ -139,6 +139,10 @@ CASES = [
     Case(9, 33, 68, (5, 7), "raster", activation="gated", condition=(-1, -1, -1, -1)),
     Case(35, 32, 32, (1, 8), "wide"),
     Case(35, 38, 33, (4, 2), "all"),
+    # And these in squares of 2x2 pixels.
+    Case(17, 33, 68, (8, 9), "above", activation="gated", condition=(-1, -1, -1, -1)),
+    Case(8, 32, 40, (12, 11), "all"),
+    Case(9, 36, 33, (11, 12), "left", condition=(1, -1, 1, 1)),
 ]
 
 
@@ -639,7 +643,7 @@ def test_wrong_arguments(change, error, message):
     ids=lambda change: " ".join(change),
 )
 def test_where_pixels_are_computed_in_pairs(change):
-    """Pairs take 12 weights of three rows of three taps, in place of 9."""
+    """Pairs take 12 weights of three rows of three taps, in place of 9, and squares 16."""
 
     def weights_packed(dtype=torch.float32, mask=None, dilation=1, channels=32, batch=1, width=16):
         weight = torch.ones(32, channels, 3, 3, dtype=dtype)
@@ -651,5 +655,6 @@ def test_where_pixels_are_computed_in_pairs(change):
         return size // (32 * channels * max(4, weight.element_size()))
 
     assert weights_packed() == weights_packed(torch.float16) == 12
+    assert weights_packed(batch=4) == weights_packed(torch.float16, batch=4) == 16
     # Only the middle taps reach an image of a single column.
     assert weights_packed(**change) == (3 if change.get("width") == 1 else 9)
