@@ -19,8 +19,8 @@ namespace cpc::masked_conv::cpu::CPC_ISA {
 constexpr int64_t kSliceBytes = int64_t{1} << 20;
 // The depth that a tile should process between being loaded and stored. It is also the most images of a slice.
 constexpr int64_t kSliceDepth = 128;
-// The same for quads, which are packed in 16 forms.
-constexpr int64_t kQuadsBytes = int64_t{1} << 19, kQuadsDepth = 64;
+// The same for quads.
+constexpr int64_t kQuadsBytes = int64_t{1} << 19;
 // Input channels per task when gradients are written.
 constexpr int64_t kWritten = 16;
 // Estimated nanoseconds to pack a value, and to write the gradient of a weight.
@@ -28,7 +28,7 @@ constexpr double kSliceNanoseconds = 0.5, kWriteNanoseconds = 1;
 // The most tiles of the left operand that are stored side by side. They are the distance between steps of depth: with
 // thousands of channels side by side, each step would be in a page of its own.
 constexpr int64_t kLeftTiles = 24;
-// The most tiles of a task: enough to reuse a slice of the right operand, few enough to balance the load.
+// The most tiles of a task, except of quads: enough to reuse a slice of the right operand, few enough to balance the load.
 constexpr int64_t kTaskTiles = 8;
 
 template <class Storage>
@@ -55,8 +55,7 @@ class WeightGradient {
         outside_(quads_ ? zeros_.size() : 0) {
     // Steps of depth that one instruction multiplies (kDepthStep) are of different images.
     const int64_t batch = padded_depth<E>(problem.batch());
-    images_ = std::min(batch, padded_depth<E>(divide_up(quads_ ? kQuadsDepth : kSliceDepth,
-                                                        quads_ ? across_ : problem.output_width())));
+    images_ = std::min(batch, padded_depth<E>(divide_up(kSliceDepth, quads_ ? across_ : problem.output_width())));
     of_grad_ = {{0}};
     if (pairs_) {
       of_grad_.clear();
@@ -104,7 +103,10 @@ class WeightGradient {
                  flops = 2 * positions * static_cast<double>(problem_.channels() * problem_.outputs()) *
                          static_cast<double>(terms());
     const int packers = workers_for(packed * kSliceNanoseconds), threads = workers_for(flops / kFlopsPerNanosecond);
-    const int64_t task_tiles = std::clamp<int64_t>(panels_.count() * tiles_ / (4 * threads), 1, kTaskTiles),
+    // Of quads, each term reads forms of its own, so that terms are taken one after another; other terms share theirs.
+    const int64_t term_tasks = quads_ ? terms() : 1, products = term_tasks * panels_.count(),
+                  most_tiles = quads_ ? tiles_ : kTaskTiles,
+                  task_tiles = std::clamp<int64_t>(products * tiles_ / (4 * threads), 1, most_tiles),
                   tasks = divide_up(tiles_, task_tiles);
     std::vector<E> values(workers() * images_ * zeros_.size());
     for (int64_t b = 0; b < problem_.batch(); b += images_)
@@ -120,11 +122,13 @@ class WeightGradient {
         parallel_for(quads_ ? 2 * rows * images_ : (slice.read_end - slice.read_begin) * read_across_ + rows * across_,
                      pack_position, packers);
         const auto multiply_tiles = [&](int64_t task, int) {
-          const int64_t first = task % tasks * task_tiles;
-          multiply(slice, left, right, sums.data(), task / tasks, first, std::min(first + task_tiles, tiles_));
+          const int64_t first = task % tasks * task_tiles, p = task / tasks % panels_.count();
+          const int64_t term = task / tasks / panels_.count();
+          for (int64_t t = term; t < (quads_ ? term + 1 : terms()); ++t)
+            multiply(slice, left, right, sums.data(), t, p, first, std::min(first + task_tiles, tiles_));
         };
         // Tasks are of unequal size: the last panel may be narrow, and the last tiles few.
-        parallel_tasks(panels_.count() * tasks, multiply_tiles, threads);
+        parallel_tasks(products * tasks, multiply_tiles, threads);
       }
     write(sums.data());
   }
@@ -270,44 +274,42 @@ class WeightGradient {
     return memory;
   }
 
-  // Adds a slice's contribution to tiles [first, last) of a panel, for every term.
-  void multiply(const Slice& slice, const E* left, const E* right, S* sums, int64_t p, int64_t first,
+  // Adds a slice's contribution to tiles [first, last) of a panel, for one term.
+  void multiply(const Slice& slice, const E* left, const E* right, S* sums, int64_t t, int64_t p, int64_t first,
                 int64_t last) const {
     const int64_t vectors = panels_[p].vectors, columns = vectors * kLaneColumns<E>;
-    for (int64_t t = 0; t < terms(); ++t) {
-      const Term& term = terms_[t];
-      const int64_t stride = problem_.stride, shift = shift_of_[t];
-      int64_t x_begin = std::max<int64_t>(0, -shift), x_end = std::min(across_, read_across_ - shift);
-      // The last sum is the right pixel's alone, which an image of odd width ends without.
-      if (step_ == 2 && term.sum % kSums == kSums - 1) x_end = problem_.output_width() / 2;
-      const int64_t depth = (x_end - x_begin) * images_;
-      // Rows y for which y * stride + dy is in the input. Division truncates, hence the case of a negative `beyond`.
-      const int64_t dy = quads_ ? 0 : term.rows.at, beyond = problem_.height() - 1 - dy;
-      int64_t y_begin = std::max(slice.begin, dy < 0 ? divide_up(-dy, stride) : 0),
-              y_end = std::min(slice.end, beyond < 0 ? 0 : beyond / stride + 1);
-      if (quads_)
-        y_begin = slice.begin,
-        y_end = std::min(slice.end, term.sum / kSums == kSums - 1 ? problem_.output_height() / 2 : down_);
-      if (depth <= 0 || y_begin >= y_end) continue;
-      const E* const panel = right + (term.sum * panels_.count() + p) * right_pitch();
-      for (int64_t i = first; i < last; ++i) {
-        S* const tile_sums = sums + ((p * terms() + t) * tiles_ + i) * kTileRows * kTileColumns<E>;
-        with_tile(kTileRows, vectors, [&](auto, auto tile_vectors) {
-          Tile<E, kTileRows, tile_vectors> tile;
-          tile.load(tile_sums, kTileColumns<E>);
-          for (int64_t y = y_begin; y < y_end; ++y) {
-            const int64_t line = y * stride + dy - slice.read_begin;
-            const int64_t reads = (line * read_across_ + x_begin + shift) * images_;
-            const int64_t gives = ((y - slice.begin) * across_ + x_begin) * images_;
-            const E* const from = left + form_of_[t] * left_pitch() + i / kLeftTiles * block_pitch() +
-                                  reads * left_channels() + i % kLeftTiles * kTileRows * kDepthStep<E>;
-            tile.multiply(
-                [from, pitch = left_channels()](int r, int64_t k) { return from + k * pitch + r * kDepthStep<E>; },
-                panel + gives * columns, depth);
-          }
-          tile.store(tile_sums, kTileColumns<E>);
-        });
-      }
+    const Term& term = terms_[t];
+    const int64_t stride = problem_.stride, shift = shift_of_[t];
+    int64_t x_begin = std::max<int64_t>(0, -shift), x_end = std::min(across_, read_across_ - shift);
+    // The last sum is the right pixel's alone, which an image of odd width ends without.
+    if (step_ == 2 && term.sum % kSums == kSums - 1) x_end = problem_.output_width() / 2;
+    const int64_t depth = (x_end - x_begin) * images_;
+    // Rows y for which y * stride + dy is in the input. Division truncates, hence the case of a negative `beyond`.
+    const int64_t dy = quads_ ? 0 : term.rows.at, beyond = problem_.height() - 1 - dy;
+    int64_t y_begin = std::max(slice.begin, dy < 0 ? divide_up(-dy, stride) : 0),
+            y_end = std::min(slice.end, beyond < 0 ? 0 : beyond / stride + 1);
+    if (quads_)
+      y_begin = slice.begin,
+      y_end = std::min(slice.end, term.sum / kSums == kSums - 1 ? problem_.output_height() / 2 : down_);
+    if (depth <= 0 || y_begin >= y_end) return;
+    const E* const panel = right + (term.sum * panels_.count() + p) * right_pitch();
+    for (int64_t i = first; i < last; ++i) {
+      S* const tile_sums = sums + ((p * terms() + t) * tiles_ + i) * kTileRows * kTileColumns<E>;
+      with_tile(kTileRows, vectors, [&](auto, auto tile_vectors) {
+        Tile<E, kTileRows, tile_vectors> tile;
+        tile.load(tile_sums, kTileColumns<E>);
+        for (int64_t y = y_begin; y < y_end; ++y) {
+          const int64_t line = y * stride + dy - slice.read_begin;
+          const int64_t reads = (line * read_across_ + x_begin + shift) * images_;
+          const int64_t gives = ((y - slice.begin) * across_ + x_begin) * images_;
+          const E* const from = left + form_of_[t] * left_pitch() + i / kLeftTiles * block_pitch() +
+                                reads * left_channels() + i % kLeftTiles * kTileRows * kDepthStep<E>;
+          tile.multiply(
+              [from, pitch = left_channels()](int r, int64_t k) { return from + k * pitch + r * kDepthStep<E>; },
+              panel + gives * columns, depth);
+        }
+        tile.store(tile_sums, kTileColumns<E>);
+      });
     }
   }
 
