@@ -58,7 +58,7 @@ def conv2d(
 
     Equals ``F.conv2d(relu(input) if relu_input else input, weight, bias, stride, padding, dilation) + residual``
     followed by the activation. Sums are in float32, or in float64 for float64 tensors. The CPU computes images that are
-    large enough in pairs of pixels at stride 1, in the types in which :func:`cpc_ext.ops.masked_conv2d` does. There are
+    large enough in pairs or squares of pixels at stride 1, where :func:`cpc_ext.ops.masked_conv2d` does. There are
     kernels for the CPU alone: on all other devices, CUDA among them, PyTorch's own convolution computes the same.
 
     Args:

@@ -1,7 +1,7 @@
 // Convolution on the CPU, masked or not, of channels-last tensors: one matrix product over the visible taps, or over
 // fewer terms where pixels are computed together (terms.h). A tile of the product reads the input's pixels in place,
-// unless they must be converted or are differences of several; padding is read from a row of zeros. The rows of a tile are
-// the same pixel of several images, so that at an image's edge whole tiles read only padding and skip the term.
+// unless they must be converted or are differences of several; padding is read from a row of zeros. The rows of a tile
+// are the same pixel of several images, so that at an image's edge whole tiles read only padding and skip the term.
 #include <algorithm>
 #include <array>
 #include <vector>
@@ -24,8 +24,8 @@ constexpr int64_t kBlockTiles = 32;
 constexpr int64_t kDepthBlock = 320;
 // The most bytes of gathered pixels in a block, so that they stay in the cache, too.
 constexpr int64_t kGatheredBytes = int64_t{512} << 10;
-// The same with quads, whose tiles have more pixels and sums. Wider registers take more of a panel at a time, which must
-// be worth reading for a block.
+// The same with quads, whose tiles have more pixels and sums. Wider registers multiply a wider panel, so that blocks
+// must be larger to be worth reading it.
 constexpr int64_t kQuadsTiles = 16, kQuadsGatheredBytes = kRegisterBytes << 13;
 // Channels that are transposed at a time: their part of a panel stays in the first-level cache.
 constexpr int64_t kTransposed = 64;
@@ -343,7 +343,7 @@ class Convolver {
   }
   int64_t gathered_size() const {
     if (!gathers()) return 0;
-    if (!copies()) return rows_.most_rows() * (depth_.total + (quads_ ? kApart : 0));
+    if (!copies()) return rows_.most_rows() * (depth_.total + (quads_ ? kApart<E> : 0));
     int64_t pixels = 0;
     for (const int64_t images : rows_.group_images())
       pixels = std::max(pixels,
@@ -358,7 +358,7 @@ class Convolver {
 
   // A worker's memory.
   struct Buffers {
-    S* sums;           // [kBuffers of the filtering, block rows, kTileColumns]
+    S* sums;           // [buffers(), block rows, kTileColumns]
     S* bias;           // [kTileColumns] of the panel
     S* beside;         // [kTileColumns]: a row's values of `condition` or `positive`.
     const E** pixels;  // [terms, block rows]: the values that a term reads for a row.
@@ -496,7 +496,7 @@ class Convolver {
         });
     }
   }
-  E* quad_at(const Buffers& buffers, int64_t r) const { return buffers.gathered + r * (depth_.total + kApart); }
+  E* quad_at(const Buffers& buffers, int64_t r) const { return buffers.gathered + r * (depth_.total + kApart<E>); }
   void read_rectangle(const Rectangle& taps, const Rows::Pixel& pixel, float* to,
                       const std::vector<int64_t>& places) const {
     with_products_of(taps.height, [&](auto rows) {

@@ -31,7 +31,7 @@
 
 namespace cpc::masked_conv {
 
-// How many pixels are computed together (terms.h): one, two neighbours of a row, or a square of 2x2. The latter two take
+// The pixels that are computed together (terms.h): one, two neighbours of a row, or a square of 2x2. The latter two take
 // fewer multiplications.
 enum class Filtering { direct, pairs, quads };
 
@@ -79,8 +79,8 @@ struct Convolution {
   // CUDA only: read `weight` in place and transposed, for the input gradient, whose taps are negated.
   bool transposed = false;
   bool tf32 = false;  // Whether CUDA may round float operands to TF32.
-  // Other than direct on the CPU only, for types that are multiplied as floats, for all pixels, a dilation of 1, a stride
-  // of 1, and a mask [kh, kw] or none.
+  // Pairs and quads: CPU only, for types that are multiplied as floats, for all pixels, a dilation of 1, a stride of 1,
+  // and a mask [kh, kw] or none.
   Filtering filtering = Filtering::direct;
   // CPU only: the stride, and whether a ReLU is applied to the input.
   int64_t stride = 1;

@@ -162,7 +162,8 @@ inline void add(E* __restrict to, const Storage* one, const Storage* other, int6
 }
 
 // Elements between arrays that are written side by side, so that they are not all in the same set of the cache.
-constexpr int64_t kApart = 16;
+template <class E>
+constexpr int64_t kApart = 64 / sizeof(E);
 
 // Pixels of a square, by row and column; those outside of the image are rows of zeros.
 template <class Storage>
@@ -184,8 +185,8 @@ Square<Storage> square_of(const TensorView& view, int64_t b, int64_t y, int64_t 
   return square;
 }
 
-// Writes what each product of a quad reads from a square of pixels: `count` values from the channel `first` on, those of
-// product i at to + places[i]. Products are ordered by rows, then columns.
+// Writes what each product of a quad reads from a square of pixels: `count` values from the channel `first` on. Those
+// of product i are written at to + places[i]. Products are ordered by rows, then columns.
 template <const Products& kRows, const Products& kColumns, class Storage>
 void read_square(const Square<Storage>& from, int64_t first, int64_t count, bool through_relu, float* to,
                  const int64_t* places) {

@@ -24,7 +24,7 @@ constexpr double kQuadsProducts = 0.85, kQuadsGradProducts = 0.75;
 
 // The products that one channel of an image takes. A pixel's products are skipped where all that they read lies outside
 // of the image.
-int64_t products_of(const std::vector<Term>& terms, Filtering filtering, int64_t height, int64_t width) {
+int64_t count_products(const std::vector<Term>& terms, Filtering filtering, int64_t height, int64_t width) {
   const int64_t down = filtering == Filtering::quads ? 2 : 1, across = 2;
   const auto reached = [](const Reading& reading, int64_t step, bool last_only, int64_t size) {
     int64_t count = 0;
@@ -252,7 +252,7 @@ Filtering filtering_of(const TensorView& weight, const TensorView& images, const
       std::max(weight.shape[0], weight.shape[1]) > kQuadsChannels)
     return Filtering::pairs;
   const auto products = [&](Filtering filtering) {
-    return static_cast<double>(products_of(terms_of(taps, filtering).all, filtering, height, width));
+    return static_cast<double>(count_products(terms_of(taps, filtering).all, filtering, height, width));
   };
   const double most = (wanted == Wanted::pixels ? kQuadsProducts : kQuadsGradProducts) * products(Filtering::pairs);
   return products(Filtering::quads) <= most ? Filtering::quads : Filtering::pairs;

@@ -45,8 +45,8 @@ struct Term {
   std::vector<Part> weight;
 };
 
-// Neighbouring taps whose terms are made together: from (dy, dx) on, `height` by `width` of them, at most three by three.
-// Of pairs the height is 1.
+// Neighbouring taps whose terms are made together: from (dy, dx) on, `height` by `width` of them, at most three by
+// three. Of pairs the height is 1.
 struct Rectangle {
   int64_t dy, dx, height, width;
 };

@@ -1,8 +1,8 @@
 // The weight gradient on the CPU: for each term (terms.h), the product of the pixels that it reads and the output
 // gradient, summed over all pixels. Slices of both operands are packed position by position, with the images of the
 // batch innermost, so that a tap is only an offset into them. Pairs of pixels are packed as the sums and differences
-// that terms multiply, and so are quads. With a stride, input columns that are a stride apart are packed together. Included only by
-// cpu.cpp, once per instruction set level.
+// that terms multiply, and so are quads. With a stride, input columns that are a stride apart are packed together.
+// Included only by cpu.cpp, once per instruction set level.
 #pragma once
 
 #include <algorithm>
@@ -28,7 +28,8 @@ constexpr double kSliceNanoseconds = 0.5, kWriteNanoseconds = 1;
 // The most tiles of the left operand that are stored side by side. They are the distance between steps of depth: with
 // thousands of channels side by side, each step would be in a page of its own.
 constexpr int64_t kLeftTiles = 24;
-// The most tiles of a task, except of quads: enough to reuse a slice of the right operand, few enough to balance the load.
+// The most tiles of a task, except of quads: enough to reuse a slice of the right operand, few enough to balance the
+// load.
 constexpr int64_t kTaskTiles = 8;
 
 template <class Storage>
@@ -150,8 +151,8 @@ class WeightGradient {
   int64_t left_channels() const { return std::min(tiles_, kLeftTiles) * kTileRows; }
   // Elements of a block of the left operand, of one of its forms, and of a panel of the right operand.
   int64_t block_pitch() const { return read_rows_ * read_across_ * images_ * left_channels(); }
-  int64_t left_pitch() const { return divide_up(tiles_, kLeftTiles) * block_pitch() + kApart; }
-  int64_t right_pitch() const { return slice_rows_ * across_ * images_ * kTileColumns<E> + kApart; }
+  int64_t left_pitch() const { return divide_up(tiles_, kLeftTiles) * block_pitch() + kApart<E>; }
+  int64_t right_pitch() const { return slice_rows_ * across_ * images_ * kTileColumns<E> + kApart<E>; }
   // How many forms of the input and of the gradient are packed.
   int64_t forms_of_input() const { return quads_ ? terms() : std::ssize(of_input_); }
   int64_t forms_of_grad() const { return quads_ ? kSums * kSums : std::ssize(of_grad_); }
