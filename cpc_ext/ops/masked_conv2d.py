@@ -58,9 +58,9 @@ def masked_conv2d(
     float32, or in float64 for float64 tensors. Where the CPU multiplies float32 (all types but float64, and bfloat16
     only without instructions for it), it computes images that are large enough in pairs of pixels (F(2, 3) of Lavin and
     Gray 2016, arXiv 1509.09308, along the rows), or, of up to 384 channels, in squares of 2x2 pixels (F(2x2, 3x3)): up
-    to a third or 56 % fewer multiplications, and rounding errors that are no larger. On CUDA, factors in float32 are rounded to TF32 where
-    ``torch.backends.cudnn.conv.fp32_precision`` is "tf32", the default; else three such products make one (3xTF32),
-    which is exact to 2^-20 of its size, and NaN where a factor is infinite.
+    to a third or 56 % fewer multiplications, and rounding errors that are no larger. On CUDA, factors in float32 are
+    rounded to TF32 where ``torch.backends.cudnn.conv.fp32_precision`` is "tf32", the default; else three such products
+    make one (3xTF32), which is exact to 2^-20 of its size, and NaN where a factor is infinite.
 
     Args:
         input: [B, C, H, W], floating; B may be 0.
@@ -493,8 +493,8 @@ class PixelConvolution:
     """A masked convolution with fixed weights that computes one pixel of a batch at a time, for sampling.
 
     A call costs the work of one pixel. Its result has the same bits as that of :func:`masked_conv2d` at that pixel,
-    except where that computes pairs or squares of pixels. Weights are packed at the first call for a size of image: later changes
-    of them do not count.
+    except where that computes pairs or squares of pixels. Weights are packed at the first call for a size of image:
+    later changes of them do not count.
 
     Args:
         weight, bias, mask, dilation, activation: as of :func:`masked_conv2d`.

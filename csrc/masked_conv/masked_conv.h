@@ -31,8 +31,8 @@
 
 namespace cpc::masked_conv {
 
-// The pixels that are computed together (terms.h): one, two neighbours of a row, or a square of 2x2. The latter two take
-// fewer multiplications.
+// The pixels that are computed together (terms.h): one, two neighbours of a row, or a square of 2x2. The latter two
+// need fewer multiplications.
 enum class Filtering { direct, pairs, quads };
 
 struct Tap {
