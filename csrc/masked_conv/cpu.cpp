@@ -32,37 +32,6 @@ constexpr int64_t kTransposed = 64;
 // Estimated nanoseconds to pack a weight for a term, and to compute a value of an activation's gradient.
 constexpr double kPackNanoseconds = 0.7, kGradNanoseconds = 0.3, kGatedGradNanoseconds = 2;
 
-// Calls use(read), where read(at) returns a term's weight at an offset: one tap's weight, or a weighted sum of several.
-template <class E, class Storage, class Use>
-void with_weight(const Term& term, const Packing& problem, const Use& use) {
-  const TensorView& weight = problem.weight;
-  constexpr size_t kMostParts = 9;
-  const Storage* taps[kMostParts] = {};
-  for (size_t part = 0; part < term.weight.size(); ++part) {
-    const int64_t index = term.weight[part].index, kw = weight.shape[3];
-    taps[part] = weight.as<Storage>() + index / kw * weight.strides[2] + index % kw * weight.strides[3];
-  }
-  if constexpr (!std::is_same_v<Storage, double>) {
-    const auto sum_of = [&](auto parts) {
-      float factors[parts];
-      for (int part = 0; part < parts; ++part) factors[part] = term.weight[part].factor;
-      use([&](int64_t at) {
-        float v = 0;
-        for (int part = 0; part < parts; ++part) v += factors[part] * widen(taps[part][at]);
-        return narrow<E>(v);
-      });
-    };
-    switch (term.weight.size()) {  // Of rectangles of up to three by three taps.
-      case 2: return sum_of(std::integral_constant<int, 2>{});
-      case 3: return sum_of(std::integral_constant<int, 3>{});
-      case 4: return sum_of(std::integral_constant<int, 4>{});
-      case 6: return sum_of(std::integral_constant<int, 6>{});
-      case 9: return sum_of(std::integral_constant<int, 9>{});
-    }
-  }
-  use([tap = taps[0]](int64_t at) { return to_element<E>(tap[at]); });
-}
-
 template <class Storage>
 void pack_as(const Packing& problem) {
   using E = Element<Storage>;
@@ -73,7 +42,7 @@ void pack_as(const Packing& problem) {
   const int64_t inputs = problem.inputs(), terms_count = std::ssize(terms);
   const ProductDepth<E> product(inputs, terms_count);
   const int64_t out_dim = problem.transposed ? 1 : 0;
-  const int64_t out_step = weight.strides[out_dim], in_step = weight.strides[1 - out_dim];
+  const int64_t out_step = weight.strides[out_dim], in_step = weight.strides[1 - out_dim], kw = weight.shape[3];
   const double nanoseconds = kPackNanoseconds * static_cast<double>(problem.outputs() * inputs) * terms_count;
   const auto pack_panel = [&](int64_t task, int) {
     const int64_t p = task / terms_count, t = task % terms_count;
@@ -89,19 +58,27 @@ void pack_as(const Packing& problem) {
         const int64_t n = panels.channel(panel, begin);
         int64_t channels = kLanes;
         while (panels.channel(panel, begin + channels - 1) < 0) --channels;
-        if (given < rows || channels < kLanes) std::fill_n(block[0], kTransposed * kLanes, E{});
-        with_weight<E, Storage>(terms[t], problem, [&](const auto& read) {
-          const int64_t at = n * out_step + first * in_step;
-          // Read in memory order.
-          if (in_step <= out_step)
-            for (int64_t c = 0; c < channels; ++c)
-              for (int64_t k = 0; k < given; ++k) block[k][c] = read(at + c * out_step + k * in_step);
-          else
-            for (int64_t k = 0; k < given; ++k)
-              for (int64_t c = 0; c < channels; ++c) block[k][c] = read(at + c * out_step + k * in_step);
-        });
+        const std::vector<Term::Part>& parts = terms[t].weight;
+        if (given < rows || channels < kLanes || parts.size() > 1) std::fill_n(block[0], kTransposed * kLanes, E{});
+        for (const Term::Part& part : parts) {
+          const Storage* const tap = weight.as<Storage>() + part.index / kw * weight.strides[2] +
+                                     part.index % kw * weight.strides[3] + n * out_step + first * in_step;
+          const auto each_weight = [&](const auto& put) {
+            // Read in memory order.
+            if (in_step <= out_step)
+              for (int64_t c = 0; c < channels; ++c)
+                for (int64_t k = 0; k < given; ++k) put(block[k][c], tap[c * out_step + k * in_step]);
+            else
+              for (int64_t k = 0; k < given; ++k)
+                for (int64_t c = 0; c < channels; ++c) put(block[k][c], tap[c * out_step + k * in_step]);
+          };
+          if (parts.size() == 1)
+            each_weight([](E& to, Storage from) { to = to_element<E>(from); });
+          else if constexpr (std::is_same_v<E, float>)
+            each_weight([factor = part.factor](float& to, Storage from) { to += factor * widen(from); });
+        }
         if (mask.ndim == 4) {  // Else it is the same for all channels.
-          const int64_t index = terms[t].weight[0].index, kw = weight.shape[3];
+          const int64_t index = parts[0].index;
           const bool* const visible = mask.as<bool>() + index / kw * mask.strides[2] + index % kw * mask.strides[3] +
                                       n * mask.strides[out_dim] + first * mask.strides[1 - out_dim];
           for (int64_t k = 0; k < given; ++k)
@@ -281,8 +258,8 @@ class Convolver {
         copies_(!kInPlace || depth_.of_term != problem.inputs() || problem.relu_input),
         rows_(problem, quads_ ? kQuadsTiles : kBlockTiles),
         zeros_(quads_ ? problem.inputs() : 0) {
-    places_.resize(filtered_.rectangles.size());
-    for (int64_t t = 0; quads_ && t < terms(); ++t) places_[terms_[t].rectangle].push_back(t * depth_.of_term);
+    if constexpr (std::is_same_v<E, float>)
+      if (quads_) readers_ = readers_of<Storage>(filtered_, depth_.of_term);
     for (const Term& term : terms_) {
       above_ = std::min(above_, term.rows.at);
       below_ = std::max(below_, term.rows.at);
@@ -491,22 +468,13 @@ class Convolver {
         rows_.each_pixel(block, [&](int64_t r, int64_t count, const Rows::Pixel& pixel) {
           const int64_t i = image - pixel.b;
           if (i < 0 || i >= count) return;
-          for (size_t j = 0; j < places_.size(); ++j)
-            read_rectangle(filtered_.rectangles[j], {image, pixel.y, pixel.x}, quad_at(buffers, r + i), places_[j]);
+          for (const RectangleReader<Storage>& read : readers_)
+            read(problem_.input, image, pixel.y, pixel.x, zeros_.data(), 0, problem_.inputs(), problem_.relu_input,
+                 quad_at(buffers, r + i));
         });
     }
   }
   E* quad_at(const Buffers& buffers, int64_t r) const { return buffers.gathered + r * (depth_.total + kApart<E>); }
-  void read_rectangle(const Rectangle& taps, const Rows::Pixel& pixel, float* to,
-                      const std::vector<int64_t>& places) const {
-    with_products_of(taps.height, [&](auto rows) {
-      with_products_of(taps.width, [&](auto columns) {
-        const auto square = square_of<Storage>(problem_.input, pixel.b, pixel.y + taps.dy, pixel.x + taps.dx,
-                                               *rows.value, *columns.value, zeros_.data());
-        read_square<*rows.value, *columns.value>(square, 0, problem_.inputs(), problem_.relu_input, to, places.data());
-      });
-    });
-  }
 
   void read_bias(Buffers& buffers, int64_t p) const {
     const Panel panel = panels_[p];
@@ -696,9 +664,9 @@ class Convolver {
   bool copies_, finishes_tiles_;
   Rows rows_;
   int64_t block_rows_;
-  // Of quads: what is read outside of images, and by rectangle the places of its terms' values.
+  // Of quads: what is read outside of images, and the readers of rectangles.
   std::vector<Storage> zeros_;
-  std::vector<std::vector<int64_t>> places_;
+  std::vector<RectangleReader<Storage>> readers_;
   int64_t above_ = 0, below_ = 0;  // Offsets of the first and last input rows that terms reach.
 };
 

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <limits>
 #include <type_traits>
+#include <vector>
 
 #include "core/gemm.h"
 #include "core/simd.h"
@@ -171,8 +172,8 @@ using Square = std::array<std::array<const Storage*, kSums>, kSums>;
 
 // The pixels of image b that products read, from (y, x) on.
 template <class Storage>
-Square<Storage> square_of(const TensorView& view, int64_t b, int64_t y, int64_t x, const Products& rows,
-                          const Products& columns, const Storage* zeros) {
+[[gnu::noinline]] Square<Storage> square_of(const TensorView& view, int64_t b, int64_t y, int64_t x,
+                                            const Products& rows, const Products& columns, const Storage* zeros) {
   Square<Storage> square;
   for (int64_t i = 0; i < rows.pixels; ++i)
     for (int64_t j = 0; j < columns.pixels; ++j) {
@@ -188,8 +189,8 @@ Square<Storage> square_of(const TensorView& view, int64_t b, int64_t y, int64_t 
 // Writes what each product of a quad reads from a square of pixels: `count` values from the channel `first` on. Those
 // of product i are written at to + places[i]. Products are ordered by rows, then columns.
 template <const Products& kRows, const Products& kColumns, class Storage>
-void read_square(const Square<Storage>& from, int64_t first, int64_t count, bool through_relu, float* to,
-                 const int64_t* places) {
+[[gnu::noinline]] void read_square(const Square<Storage>& from, int64_t first, int64_t count, bool through_relu,
+                                   float* to, const int64_t* places) {
   constexpr int64_t kLanes = kRegisterLanes<float>;
   const float least = through_relu ? 0 : -std::numeric_limits<float>::infinity();
   const auto read_at = [&](auto load, auto store) {
@@ -224,6 +225,36 @@ void read_square(const Square<Storage>& from, int64_t first, int64_t count, bool
             [k](float* p, Register<float> v) { store_register(p + k, v); });
   for (; k < count; ++k)
     read_at([=](const Storage* p) { return float{widen(p[first + k])}; }, [k](float* p, float v) { p[k] = v; });
+}
+
+// Reads what the products of a rectangle of taps multiply.
+template <class Storage>
+struct RectangleReader {
+  Rectangle taps;
+  const Products *rows, *columns;
+  decltype(&read_square<kProductsOfOne, kProductsOfOne, Storage>) read;
+  std::vector<int64_t> places;  // Of the products' values.
+
+  // Reads for the quad at (y, x) of image b; the other arguments are those of square_of() and read_square().
+  void operator()(const TensorView& view, int64_t b, int64_t y, int64_t x, const Storage* zeros, int64_t first,
+                  int64_t count, bool through_relu, float* to) const {
+    const auto square = square_of<Storage>(view, b, y + taps.dy, x + taps.dx, *rows, *columns, zeros);
+    read(square, first, count, through_relu, to, places.data());
+  }
+};
+
+// The readers of rectangles, where the values of term t are `pitch` values after those of the term before.
+template <class Storage>
+std::vector<RectangleReader<Storage>> readers_of(const Terms& terms, int64_t pitch) {
+  std::vector<RectangleReader<Storage>> readers;
+  for (const Rectangle& taps : terms.rectangles)
+    with_products_of(taps.height, [&](auto rows) {
+      with_products_of(taps.width, [&](auto columns) {
+        readers.push_back({taps, rows.value, columns.value, &read_square<*rows.value, *columns.value, Storage>, {}});
+      });
+    });
+  for (int64_t t = 0; t < std::ssize(terms.all); ++t) readers[terms.all[t].rectangle].places.push_back(t * pitch);
+  return readers;
 }
 
 }  // namespace cpc::masked_conv::cpu::CPC_ISA

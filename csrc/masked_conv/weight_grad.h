@@ -79,8 +79,8 @@ class WeightGradient {
     slice_rows_ = std::clamp<int64_t>((quads_ ? kQuadsBytes : (pairs_ ? 2 : 1) * kSliceBytes) / row_bytes, 1, down_);
     read_rows_ =
         quads_ ? slice_rows_ : std::min((slice_rows_ - 1) * problem.stride + above_ + below_ + 1, problem.height());
-    places_.resize(filtered_.rectangles.size());
-    for (int64_t t = 0; quads_ && t < terms(); ++t) places_[terms_[t].rectangle].push_back(t * left_pitch());
+    if constexpr (std::is_same_v<E, float>)
+      if (quads_) readers_ = readers_of<Storage>(filtered_, left_pitch());
     for (int64_t sum = 0; quads_ && sum < forms_of_grad(); ++sum)
       grad_places_.push_back(sum * panels_.count() * right_pitch());
   }
@@ -225,21 +225,13 @@ class WeightGradient {
     }
   }
   void pack_input(float* left, int64_t depth, int64_t b, int64_t y, int64_t x) const {
-    for (size_t j = 0; j < places_.size(); ++j) {
-      const Rectangle& taps = filtered_.rectangles[j];
-      with_products_of(taps.height, [&](auto rows) {
-        with_products_of(taps.width, [&](auto columns) {
-          const auto square = square_of<Storage>(problem_.input, b, y + taps.dy, x + taps.dx, *rows.value,
-                                                 *columns.value, outside_.data());
-          for (int64_t first = 0; first < problem_.channels(); first += left_channels()) {
-            const int64_t count = std::min(left_channels(), problem_.channels() - first);
-            float* const to = left + first / left_channels() * block_pitch() + depth * left_channels();
-            read_square<*rows.value, *columns.value>(square, first, count, problem_.relu_input, to, places_[j].data());
-            for (const int64_t place : places_[j]) std::fill(to + place + count, to + place + left_channels(), 0.f);
-          }
-        });
-      });
-    }
+    for (const RectangleReader<Storage>& read : readers_)
+      for (int64_t first = 0; first < problem_.channels(); first += left_channels()) {
+        const int64_t count = std::min(left_channels(), problem_.channels() - first);
+        float* const to = left + first / left_channels() * block_pitch() + depth * left_channels();
+        read(problem_.input, b, y, x, outside_.data(), first, count, problem_.relu_input, to);
+        for (const int64_t place : read.places) std::fill(to + place + count, to + place + left_channels(), 0.f);
+      }
   }
   void pack_grad(float* right, int64_t depth, int64_t b, int64_t y, int64_t x) const {
     const auto square = square_of<Storage>(problem_.grad, b, y, x, kGradientsOfSums, kGradientsOfSums, outside_.data());
@@ -364,9 +356,11 @@ class WeightGradient {
   int64_t step_, across_, down_, read_step_, read_across_;
   std::vector<char> reads_line_;  // Whether rows of the input are read, by row modulo the stride.
   std::vector<E> zeros_;
-  std::vector<Storage> outside_;              // Of quads: what is read outside of images.
-  std::vector<std::vector<int64_t>> places_;  // Of quads: by rectangle, the places of its terms in the left operand.
-  std::vector<int64_t> grad_places_;          // Of quads: the places of the sums' gradients in the right operand.
+  // Of quads: what is read outside of images, the readers of rectangles into the left operand, and the places of the
+  // sums' gradients in the right operand.
+  std::vector<Storage> outside_;
+  std::vector<RectangleReader<Storage>> readers_;
+  std::vector<int64_t> grad_places_;
   // Not of quads: what is packed. The latter has one form per sum.
   std::vector<Reading> of_input_, of_grad_;
   // By term: its form of the input, and the offset in positions at which it reads that.
