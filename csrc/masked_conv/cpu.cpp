@@ -32,6 +32,37 @@ constexpr int64_t kTransposed = 64;
 // Estimated nanoseconds to pack a weight for a term, and to compute a value of an activation's gradient.
 constexpr double kPackNanoseconds = 0.7, kGradNanoseconds = 0.3, kGatedGradNanoseconds = 2;
 
+// Calls use(read), where read(at) returns a term's weight at an offset: one tap's weight, or a weighted sum of several.
+template <class E, class Storage, class Use>
+void with_weight(const Term& term, const Packing& problem, const Use& use) {
+  const TensorView& weight = problem.weight;
+  constexpr size_t kMostParts = 9;
+  const Storage* taps[kMostParts] = {};
+  for (size_t part = 0; part < term.weight.size(); ++part) {
+    const int64_t index = term.weight[part].index, kw = weight.shape[3];
+    taps[part] = weight.as<Storage>() + index / kw * weight.strides[2] + index % kw * weight.strides[3];
+  }
+  if constexpr (!std::is_same_v<Storage, double>) {
+    const auto sum_of = [&](auto parts) {
+      float factors[parts];
+      for (int part = 0; part < parts; ++part) factors[part] = term.weight[part].factor;
+      use([&](int64_t at) {
+        float v = 0;
+        for (int part = 0; part < parts; ++part) v += factors[part] * widen(taps[part][at]);
+        return narrow<E>(v);
+      });
+    };
+    switch (term.weight.size()) {  // Of rectangles of up to three by three taps.
+      case 2: return sum_of(std::integral_constant<int, 2>{});
+      case 3: return sum_of(std::integral_constant<int, 3>{});
+      case 4: return sum_of(std::integral_constant<int, 4>{});
+      case 6: return sum_of(std::integral_constant<int, 6>{});
+      case 9: return sum_of(std::integral_constant<int, 9>{});
+    }
+  }
+  use([tap = taps[0]](int64_t at) { return to_element<E>(tap[at]); });
+}
+
 template <class Storage>
 void pack_as(const Packing& problem) {
   using E = Element<Storage>;
@@ -42,7 +73,7 @@ void pack_as(const Packing& problem) {
   const int64_t inputs = problem.inputs(), terms_count = std::ssize(terms);
   const ProductDepth<E> product(inputs, terms_count);
   const int64_t out_dim = problem.transposed ? 1 : 0;
-  const int64_t out_step = weight.strides[out_dim], in_step = weight.strides[1 - out_dim], kw = weight.shape[3];
+  const int64_t out_step = weight.strides[out_dim], in_step = weight.strides[1 - out_dim];
   const double nanoseconds = kPackNanoseconds * static_cast<double>(problem.outputs() * inputs) * terms_count;
   const auto pack_panel = [&](int64_t task, int) {
     const int64_t p = task / terms_count, t = task % terms_count;
@@ -58,27 +89,19 @@ void pack_as(const Packing& problem) {
         const int64_t n = panels.channel(panel, begin);
         int64_t channels = kLanes;
         while (panels.channel(panel, begin + channels - 1) < 0) --channels;
-        const std::vector<Term::Part>& parts = terms[t].weight;
-        if (given < rows || channels < kLanes || parts.size() > 1) std::fill_n(block[0], kTransposed * kLanes, E{});
-        for (const Term::Part& part : parts) {
-          const Storage* const tap = weight.as<Storage>() + part.index / kw * weight.strides[2] +
-                                     part.index % kw * weight.strides[3] + n * out_step + first * in_step;
-          const auto each_weight = [&](const auto& put) {
-            // Read in memory order.
-            if (in_step <= out_step)
-              for (int64_t c = 0; c < channels; ++c)
-                for (int64_t k = 0; k < given; ++k) put(block[k][c], tap[c * out_step + k * in_step]);
-            else
-              for (int64_t k = 0; k < given; ++k)
-                for (int64_t c = 0; c < channels; ++c) put(block[k][c], tap[c * out_step + k * in_step]);
-          };
-          if (parts.size() == 1)
-            each_weight([](E& to, Storage from) { to = to_element<E>(from); });
-          else if constexpr (std::is_same_v<E, float>)
-            each_weight([factor = part.factor](float& to, Storage from) { to += factor * widen(from); });
-        }
+        if (given < rows || channels < kLanes) std::fill_n(block[0], kTransposed * kLanes, E{});
+        with_weight<E, Storage>(terms[t], problem, [&](const auto& read) {
+          const int64_t at = n * out_step + first * in_step;
+          // Read in memory order.
+          if (in_step <= out_step)
+            for (int64_t c = 0; c < channels; ++c)
+              for (int64_t k = 0; k < given; ++k) block[k][c] = read(at + c * out_step + k * in_step);
+          else
+            for (int64_t k = 0; k < given; ++k)
+              for (int64_t c = 0; c < channels; ++c) block[k][c] = read(at + c * out_step + k * in_step);
+        });
         if (mask.ndim == 4) {  // Else it is the same for all channels.
-          const int64_t index = parts[0].index;
+          const int64_t index = terms[t].weight[0].index, kw = weight.shape[3];
           const bool* const visible = mask.as<bool>() + index / kw * mask.strides[2] + index % kw * mask.strides[3] +
                                       n * mask.strides[out_dim] + first * mask.strides[1 - out_dim];
           for (int64_t k = 0; k < given; ++k)
