@@ -148,11 +148,11 @@ struct Group {
 };
 
 template <class E>
-std::vector<Group> groups_of(const std::vector<Term>& terms, Filtering filtering, const ProductDepth<E>& product) {
+std::vector<Group> groups_of(const std::vector<Term>& terms, Filtering filtering, const Differences& differs,
+                             const ProductDepth<E>& product) {
   // Joined terms count as one.
   const int64_t count = product.joined ? 1 : std::ssize(terms),
                 inputs = product.joined ? product.total : product.of_term;
-  const Differences differs = differences_of(terms);
   std::vector<int> sums;
   for (const int row : kSumsInOrder)
     for (const int column : kSumsInOrder) {
@@ -277,7 +277,7 @@ class Convolver {
         differs_(differences_of(terms_)),
         depth_(problem.inputs(), terms()),
         panels_(problem.outputs, problem.activation == Activation::gated),
-        groups_(groups_of<E>(terms_, problem.filtering, depth_)),
+        groups_(groups_of<E>(terms_, problem.filtering, differs_, depth_)),
         copies_(!kInPlace || depth_.of_term != problem.inputs() || problem.relu_input),
         rows_(problem, quads_ ? kQuadsTiles : kBlockTiles),
         zeros_(quads_ ? problem.inputs() : 0) {

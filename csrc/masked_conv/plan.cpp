@@ -1,5 +1,5 @@
-// Plans a call and runs its kernels: which taps are summed, whether in pairs, how much workspace is needed, and in what
-// order the kernels run; see plan.h.
+// Plans a call and runs its kernels: which taps are summed, with which filtering, how much workspace is needed, and in
+// what order the kernels run; see plan.h.
 #include "masked_conv/plan.h"
 
 #include <algorithm>

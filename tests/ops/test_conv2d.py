@@ -108,8 +108,9 @@ CASES = [
     Case(20, 48, 32, (9, 10), padding=0, relu_input=True),
     Case(13, 32, 33, (9, 9), (2, 4), padding=(1, 3)),
     Case(13, 33, 32, (9, 10), (4, 2), padding=(2, 0), residual="nchw", layout="nchw"),
-    # So many channels that a sum takes more than one step, and the weight's gradient more than one block.
+    # So many channels that a sum takes more than one step, or the weight's gradient more than one block.
     Case(7, 360, 32, (13, 12), (2, 2), padding=(0, 1)),
+    Case(3, 150, 32, (19, 20)),
 ]
 
 

@@ -642,7 +642,7 @@ def test_wrong_arguments(change, error, message):
     ],
     ids=lambda change: " ".join(change),
 )
-def test_where_pixels_are_computed_in_pairs(change):
+def test_where_pixels_are_computed_together(change):
     """Pairs take 12 weights of three rows of three taps, in place of 9, and squares 16."""
 
     def weights_packed(dtype=torch.float32, mask=None, dilation=1, channels=32, batch=1, width=16):
@@ -656,5 +656,7 @@ def test_where_pixels_are_computed_in_pairs(change):
 
     assert weights_packed() == weights_packed(torch.float16) == 12
     assert weights_packed(batch=4) == weights_packed(torch.float16, batch=4) == 16
+    assert weights_packed(batch=4, channels=384) == 16
+    assert weights_packed(batch=4, channels=385) == 12
     # Only the middle taps reach an image of a single column.
     assert weights_packed(**change) == (3 if change.get("width") == 1 else 9)
